@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, ParamSpec
 
 from bridge.cards.card import Card
-from bridge.cards.suite import Wanted, run_cards
+from bridge.cards.suite import CardRequest, run_cards
 from bridge.display.progress import OnProgress, unseen
 from bridge.explanations.build import explain
 from bridge.finetunes.diff import diff
@@ -84,7 +84,7 @@ class Coupling(CoupledModels):
         if the circuit is not this task's or not this coupling's.
         """
         found = circuit if circuit is None or isinstance(circuit, TaskResult) else Path(circuit)
-        wanted = Wanted(str(task), found, None)
+        wanted = CardRequest(str(task), found, None)
         on_progress = progress or unseen
         card, _ = next(run_cards(self.subjects, [wanted], seed=seed, seeds=seeds, budget=budget, progress=on_progress))
         assert card is not None  # for a single card, `run_cards` raises any error

@@ -15,7 +15,7 @@ from support.studies_suite_cases import bridge_folder, task_file  # noqa: F401  
 
 import bridge
 from bridge.api import Coupling
-from bridge.cards.suite import Wanted, run_cards
+from bridge.cards.suite import CardRequest, run_cards
 from bridge.models.bridges import CoupledModels
 from bridge.studies import search
 from bridge.studies.search import Subjects, search_task
@@ -62,7 +62,9 @@ def test_circuit_is_the_search(held: Coupling, task_file: Path) -> None:
 def test_card_is_that_of_the_command(held: Coupling, task_file: Path, tmp_path: Path) -> None:
     found = held.circuit(task_file, explains="sparse", dense=False, budget=0.2)
     found.save(tmp_path / "planted")
-    (expected, _) = next(run_cards(held.subjects, [Wanted(str(task_file), tmp_path / "planted", None)], progress=lambda _: None))
+    (expected, _) = next(
+        run_cards(held.subjects, [CardRequest(str(task_file), tmp_path / "planted", None)], progress=lambda _: None)
+    )
     said: list[str] = []
     kept, fresh = (
         held.card(task_file, tmp_path / "planted", progress=lambda phase: said.append(str(phase))),

@@ -6,7 +6,7 @@ import pickle
 
 import pytest
 
-from bridge.cli.console import flag
+from bridge.cli.console import option_name
 from bridge.errors import RunError, UserError
 
 
@@ -30,5 +30,5 @@ def test_an_error_has_its_parts_and_is_one_line() -> None:
     ],
 )
 def test_parameters_are_named_as_the_reader_gives_them(text: str, command: str, python: str) -> None:
-    assert UserError("it", remedy=text).line(flag) == f"it; {command}"
+    assert UserError("it", remedy=text).line(option_name) == f"it; {command}"
     assert str(UserError("it", remedy=text)) == f"it; {python}"

@@ -9,7 +9,7 @@ from typing import Any
 
 from pydantic import TypeAdapter
 
-from bridge.cards.evidence import TESTS, CardConfig, holds
+from bridge.cards.evidence import TESTS, CardConfig, passes_test
 from bridge.cards.task_circuit import CardError
 from bridge.display.columns import columns
 from bridge.evidence.measures import Report, Verdict, evidence_table
@@ -103,7 +103,7 @@ def render_cards(cards: Sequence[Card]) -> str:
         cells = []
         for test, keys in TESTS.items():
             first = next((measure for measure in card.report.measures if measure.key in keys), None)
-            met = {True: "yes", False: "NO", None: "?"}[holds(card.report, test)]
+            met = {True: "yes", False: "NO", None: "?"}[passes_test(card.report, test)]
             value = "-" if first is None or first.value is None else f"{first.value:.3f}"
             ceiling = "" if first is None or first.ceiling is None else f" of {first.ceiling:.3f}"
             cells.append(f"{value}{ceiling} {met}")

@@ -25,12 +25,12 @@ import torch
 
 from bridge.cards.prediction import prediction_measures
 from bridge.cards.task_circuit import CardError, TaskCircuit, followed_rows
-from bridge.circuits.question import evenly
+from bridge.circuits.question import spread_indices
 from bridge.data.task_stress import stress_pairs
 from bridge.data.task_tokens import Resolved, TokenPairs, score
 from bridge.display.progress import OnProgress, Phase, unseen
 from bridge.evidence.carry import Transporter
-from bridge.evidence.controls import matched
+from bridge.evidence.controls import matched_nodes
 from bridge.evidence.deletion import Deletions
 from bridge.evidence.effects import effect_profile, profile_measure, profile_nodes
 from bridge.evidence.measures import Control, Criterion, Measure, Report, Rule
@@ -39,7 +39,7 @@ from bridge.evidence.substitution import substitution_measures
 from bridge.models.bridges import CoupledModels
 from bridge.studies.search import RULES
 from bridge.verdicts.null_couplings import NULL_NAMES
-from bridge.verdicts.null_table import NullTask, TaskNull, nulls_measure, rules_of, stored_task_nulls
+from bridge.verdicts.null_table import NullTask, TaskNull, nulls_measure, rules_digest, stored_task_nulls
 from bridge.verdicts.prompt import EvidenceConfig
 
 VERSION = 4  # raise it when a change gives other evidence on the same circuit: stored cards and nulls are then made again
@@ -51,7 +51,7 @@ TESTS: Mapping[str, tuple[str, ...]] = {
     "prediction": ("prediction", "prediction_margin", "signs", "mistakes"),
 }
 NULLS: tuple[str, ...] = (*NULL_NAMES, "labels")
-UNTOUCHED = frozenset({("bridges", "prediction")})  # tests that do not use what the null changes
+UNAFFECTED_TESTS = frozenset({("bridges", "prediction")})  # tests that do not use what the null changes
 
 
 @dataclass(frozen=True)
@@ -95,7 +95,7 @@ def task_rules(measures: Sequence[Measure]) -> tuple[Rule, ...]:
     )
 
 
-def holds(report: Report, test: str) -> bool | None:
+def passes_test(report: Report, test: str) -> bool | None:
     """Whether a test holds: False if one of its measures fails; None if one could not be taken, or if there is none."""
     passed = [measure.passed for measure in report.measures if measure.key in TESTS[test]]
     return False if False in passed else None if None in passed or not passed else True
@@ -103,17 +103,17 @@ def holds(report: Report, test: str) -> bool | None:
 
 def null_task(task: str, report: Report, accuracy: float, prompts: str = "") -> NullTask:
     """Summary of a null's evidence on a task: the null passes if all tests hold, whatever its other measures are."""
-    found = {test: holds(report, test) for test in TESTS}
+    found = {test: passes_test(report, test) for test in TESTS}
     values = {test: next((m.value for m in report.measures if m.key in keys), None) for test, keys in TESTS.items()}
     return NullTask(task, found, values, all(each is True for each in found.values()), accuracy, prompts=prompts)
 
 
-def rules() -> str:
+def card_rules_digest() -> str:
     """Digest of the rules by which circuits are searched and judged."""
-    return rules_of(CardConfig(), RULES, VERSION)
+    return rules_digest(CardConfig(), RULES, VERSION)
 
 
-def held_out(task: Resolved, count: int = CardConfig.pairs) -> TokenPairs:
+def held_out_pairs(task: Resolved, count: int = CardConfig.pairs) -> TokenPairs:
     """At most `count` pairs of a task's test split, every second one with its members exchanged, sorted by length.
 
     Raises CardError if there are none.
@@ -121,7 +121,7 @@ def held_out(task: Resolved, count: int = CardConfig.pairs) -> TokenPairs:
     pairs = task.splits["test"]
     if not len(pairs):
         raise CardError(f"the task {task.task}", "has no test pairs under this tokenizer", "take another task, or add examples")
-    some = pairs.rows(evenly(len(pairs), count))
+    some = pairs.rows(spread_indices(len(pairs), count))
     place_b = torch.arange(len(some))
     both = some.both().rows(place_b + len(some) * (place_b % 2))
     return both.rows(both.last_b.argsort(stable=True))
@@ -144,15 +144,15 @@ def gather_task(
     config, generator = CardConfig(), torch.Generator().manual_seed(seed + 3_000_017)
     if (reference_bt := coupling.reference_bt) is None:
         raise CardError("the coupling", "holds no reference text, which a card needs for its baseline", "fit it again")
-    chosen, prompts = held_out(task, config.pairs), coupling.dense.prompts
+    chosen, prompts = held_out_pairs(task, config.pairs), coupling.dense.prompts
     stress = stress_pairs(chosen, prompts, reference_bt, coupling.context, language=task.language, seed=seed)
     stress = {kind: replace(some, pairs=alter(some.pairs)) for kind, some in stress.items()}
     pairs = alter(chosen).to(coupling.dense.device)
     progress(Phase("evidence: both models on the task"))
-    transporter = circuit.on(coupling, pairs)
+    transporter = circuit.make_transporter(coupling, pairs)
     loss, masked = transporter.loss, transporter.masked
     kept_f = circuit.kept_f(masked.space, coupling.dense.device)
-    matched_cf = matched(masked, kept_f, config.matched_draws, generator)
+    matched_cf = matched_nodes(masked, kept_f, config.matched_draws, generator)
     some_cf = matched_cf[: config.deleted_draws]
     progress(Phase("evidence: patching, in the dense model"))
     there = Counterfactual(pairs.counterfactual_bt, followed_rows(coupling, pairs.counterfactual_bt, pairs.last_b))
@@ -160,7 +160,7 @@ def gather_task(
     progress(Phase("evidence: deletion, in both models"))
     deletions = Deletions.of(transporter, kept_f, some_cf)
     deleted = deletions.measures(coupling, config.behind, config.ratio, config.best, config.matched_lost, seed)
-    left_b = loss.left(loss.logits(loss.complement(kept_f)[None]))
+    left_b = loss.fraction_left(loss.logits(loss.complement(kept_f)[None]))
     lost = deletions.lost(1 - float(left_b.mean()), config.lost)
     progress(Phase(f"evidence: substitution of the circuit, and of {len(matched_cf)} draws of matched nodes"))
     substitution = substitution_measures(transporter, kept_f, matched_cf, config.substituted, config.substituted_others, seed)
@@ -193,9 +193,9 @@ def _solved(coupling: CoupledModels, config: CardConfig, transporter: Transporte
 
 def _searched(circuit: TaskCircuit) -> tuple[Measure, Measure]:
     """The search's own verdict in two parts: whether there is something to explain, and whether the circuit is sufficient."""
-    found = float(circuit.sparse not in ("unsolved", "no explanation"))
-    value, yes = {"behavioural": 1.0, "refuted": 0.0}.get(circuit.sparse), Criterion(">=", 1.0)
-    note = f"the search's verdict on the circuit is {circuit.sparse}"
+    found = float(circuit.sparse_verdict not in ("unsolved", "no explanation"))
+    value, yes = {"behavioural": 1.0, "refuted": 0.0}.get(circuit.sparse_verdict), Criterion(">=", 1.0)
+    note = f"the search's verdict on the circuit is {circuit.sparse_verdict}"
     return (
         Measure("searched", "something to explain in the sparse model", found, yes),
         Measure("sufficient", "sufficient in the sparse model", value, yes, note=note),
@@ -209,15 +209,15 @@ def _seeds(circuit: TaskCircuit) -> Measure:
 
 
 def _nulls(coupling: CoupledModels) -> Measure:
-    nulls, why = stored_task_nulls(coupling, rules())
+    nulls, why = stored_task_nulls(coupling, card_rules_digest())
     nulls = nulls or ()
     weak = [f"the null {null.name!r} is too weak to show anything" for null in nulls if null.note]
     missing = [f"the null {name!r} was not run" for name in NULLS if name not in {null.name for null in nulls}]
-    return nulls_measure(nulls, why or "; ".join(weak + missing), "; ".join(map(_alone, nulls)))
+    return nulls_measure(nulls, why or "; ".join(weak + missing), "; ".join(map(_passed_tests_text, nulls)))
 
 
-def _alone(null: TaskNull) -> str:
+def _passed_tests_text(null: TaskNull) -> str:
     """The single tests that a null passes; such a test is no evidence by itself."""
-    found = {test: null.passing(test) for test in TESTS if (null.name, test) not in UNTOUCHED}
+    found = {test: null.passing(test) for test in TESTS if (null.name, test) not in UNAFFECTED_TESTS}
     passed = [f"{test} on {count} of {len(null.tasks)}" for test, count in found.items() if count]
     return f"{null.name} passes {', '.join(passed) or 'no test'}"

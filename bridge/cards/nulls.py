@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
 
-from bridge.cards.evidence import NULLS, CardConfig, gather_task, held_out, null_task, rules
+from bridge.cards.evidence import NULLS, CardConfig, card_rules_digest, gather_task, held_out_pairs, null_task
 from bridge.cards.task_circuit import CardError, TaskCircuit
 from bridge.circuits.task_search import NoCircuitError
 from bridge.data.task_tokens import Resolved, TokenPairs, score
@@ -32,8 +32,8 @@ from bridge.verdicts.null_couplings import NULL_NAMES, null_coupling
 from bridge.verdicts.null_table import NullTask, TaskNull, keep_nulls, stored_task_nulls
 
 TASKS = 3  # default number, of the tasks that both models do
-WEAK = "the uncoupled model does none of these tasks, so this null shows little; train it for longer"
-WHAT: Mapping[str, str] = {
+WEAK_NOTE = "the uncoupled model does none of these tasks, so this null shows little; train it for longer"
+DESCRIPTIONS: Mapping[str, str] = {
     "uncoupled": "a sparse model trained on text and the dense model's answers alone, bridges to it by ridge regression",
     "bridges": "the sparse channels of every bridge in a random order (prediction uses no bridge)",
     "weights": "the sparse model's matrices with their entries permuted, bridges fitted to it by ridge regression",
@@ -55,7 +55,7 @@ class Nulls:
 
     def run(self, progress: OnProgress) -> Generator[TaskNull, None, None]:
         """Run every null and yield it when it is done; results stored in the coupling's folder are reused."""
-        kept, _ = stored_task_nulls(self.coupling, rules(), **self._facts)
+        kept, _ = stored_task_nulls(self.coupling, card_rules_digest(), **self._facts)
         done = {null.name: null for null in kept or ()}
         asked = {resolved.task: resolved for resolved in self.tasks}
         for name in NULLS:
@@ -65,11 +65,11 @@ class Nulls:
             for task, resolved in asked.items():
                 known = before.get(task)
                 if known is None or known.prompts != resolved.digest:
-                    known = self._judged(name, made, resolved, progress)
+                    known = self._test_task(name, made, resolved, progress)
                 found.append(known)
                 unsolved = name == "uncoupled" and all((one.accuracy or 0) < CardConfig.solved for one in found)
-                done[name] = TaskNull(name, WHAT[name], tuple(found), WEAK if unsolved else "")
-                keep_nulls(self.coupling, "tasks", tuple(done.values()), rules(), **self._facts)
+                done[name] = TaskNull(name, DESCRIPTIONS[name], tuple(found), WEAK_NOTE if unsolved else "")
+                keep_nulls(self.coupling, "tasks", tuple(done.values()), card_rules_digest(), **self._facts)
             yield done[name]
 
     @property
@@ -86,7 +86,7 @@ class Nulls:
         options = {"against": self.against, "minutes": self.minutes, "seed": self.seed}
         return Subjects.of(null_coupling(self.coupling, name, **options, progress=progress))
 
-    def _judged(self, name: str, made: Callable[[], Subjects], task: Resolved, progress: OnProgress) -> NullTask:
+    def _test_task(self, name: str, made: Callable[[], Subjects], task: Resolved, progress: OnProgress) -> NullTask:
         """The evidence of a null on a task; if there is no circuit, the reason."""
         on_progress = within(progress, f"{name}, {task.task}: ")
 
@@ -94,7 +94,7 @@ class Nulls:
             return random_labels(pairs, self.coupling.dense.vocabulary, self.seed) if name == "labels" else pairs
 
         subjects, coupling = made(), made().coupling
-        accuracy = score(coupling.sparse, alter(held_out(task)).to(coupling.dense.device)).accuracy
+        accuracy = score(coupling.sparse, alter(held_out_pairs(task)).to(coupling.dense.device)).accuracy
         if name in ("bridges", "labels"):
             result = self.circuits(task)
         else:
@@ -117,7 +117,7 @@ def solved_tasks(coupling: CoupledModels, tasks: Iterable[Resolved]) -> tuple[Re
             break
         if not len(task.splits["test"]):
             continue
-        pairs = held_out(task).to(coupling.dense.device)
+        pairs = held_out_pairs(task).to(coupling.dense.device)
         if min(score(model, pairs).accuracy for model in (coupling.dense, coupling.sparse)) >= CardConfig.solved:
             solved.append(task)
     if not solved:

@@ -32,7 +32,7 @@ from torch import Tensor
 from bridge.cards.task_circuit import TaskCircuit
 from bridge.data.task_stress import Stress
 from bridge.data.task_tokens import TokenPairs
-from bridge.evidence.bootstrap import Draws
+from bridge.evidence.bootstrap import ClusterBootstrap
 from bridge.evidence.measures import Control, Criterion, Measure, Point
 from bridge.models.bridges import CoupledModels
 from bridge.models.dense import DenseModel
@@ -71,23 +71,23 @@ def prediction_measures(
         asked = Criterion(">=", 0.0), Criterion(">=", 0.0), Criterion(">=", agreement)
         return tuple(Measure(key, name, None, each, note=note) for (key, name), each in zip(NAMES.items(), asked, strict=True))
     device = coupling.dense.device
-    found = {kind: _differences(coupling, circuit, some.pairs.to(device), reference_bt) for kind, some in stress.items()}
-    draws = Draws(np.concatenate([some.source_b.numpy() for some in stress.values()]), seed)
+    found = {kind: _predict_pairs(coupling, circuit, some.pairs.to(device), reference_bt) for kind, some in stress.items()}
+    draws = ClusterBootstrap(np.concatenate([some.source_b.numpy() for some in stress.values()]), seed)
     every = Predicted(*(np.concatenate([getattr(each, name) for each in found.values()]) for name in Predicted.__annotations__))
     points = tuple(
         Point(kind, {"prompts": float(each.dense.size), "R^2": _r2(each.dense * _ORDER, each.circuit * _ORDER),
                      "correlation": _correlation(each.dense, each.circuit),
-                     "sign agreement": _same(each.dense, each.circuit), "dense right": float(np.mean(each.dense > 0))})
+                     "sign agreement": _sign_agreement(each.dense, each.circuit), "dense right": float(np.mean(each.dense > 0))})
         for kind, each in found.items()
     )  # fmt: skip
     mistakes = int((every.dense <= 0).sum())
     few = mistakes < LEAST_MISTAKES or mistakes == every.dense.size
     note = f"the dense model makes {mistakes} mistakes in {every.dense.size} prompts" + (": too few to predict" if few else "")
-    measures = (*explained(every, points, draws), signs(every, agreement, note, draws))
+    measures = (*variance_measures(every, points, draws), sign_measure(every, agreement, note, draws))
     return measures if few else (*measures, predicted_mistakes(every, draws))
 
 
-def _differences(coupling: CoupledModels, circuit: TaskCircuit, pairs: TokenPairs, reference_bt: Tensor) -> Predicted:
+def _predict_pairs(coupling: CoupledModels, circuit: TaskCircuit, pairs: TokenPairs, reference_bt: Tensor) -> Predicted:
     both, dense = pairs.both(), coupling.dense
     order_b, rows = both.last_b.argsort(stable=True), []
     for row_b in order_b.split(32):
@@ -128,11 +128,11 @@ def _correlation(dense: np.ndarray, other: np.ndarray) -> float:
     return float((deviation * of_other).sum() / max(np.sqrt((deviation**2).sum() * (of_other**2).sum()), 1e-12))
 
 
-def _same(dense: np.ndarray, other: np.ndarray) -> float:
+def _sign_agreement(dense: np.ndarray, other: np.ndarray) -> float:
     return float(np.mean((dense > 0) == (other > 0)))
 
 
-def explained(found: Predicted, points: tuple[Point, ...], draws: Draws) -> tuple[Measure, Measure]:
+def variance_measures(found: Predicted, points: tuple[Point, ...], draws: ClusterBootstrap) -> tuple[Measure, Measure]:
     """R^2 of the circuit's prediction, and the lower of two interval ends: that of R^2, and that of R^2 minus a bigram's."""
     dense_b2, circuit_b2, whole_b2, bigram_b2 = (
         x_b2 * _ORDER for x_b2 in (found.dense, found.circuit, found.whole, found.bigram)
@@ -158,16 +158,16 @@ def explained(found: Predicted, points: tuple[Point, ...], draws: Draws) -> tupl
     )
 
 
-def signs(found: Predicted, agreement: float, note: str, draws: Draws) -> Measure:
+def sign_measure(found: Predicted, agreement: float, note: str, draws: ClusterBootstrap) -> Measure:
     """Share of the prompts on which the circuit and the dense model prefer the same answer."""
-    value, most, bigram = (_same(found.dense, x_b2) for x_b2 in (found.circuit, found.whole, found.bigram))
+    value, most, bigram = (_sign_agreement(found.dense, x_b2) for x_b2 in (found.circuit, found.whole, found.bigram))
     same_b = ((found.dense > 0) == (found.circuit > 0)).mean(1)
     bounds = draws.interval(lambda weight_kb: weight_kb @ same_b / weight_kb.sum(1))
     criterion, control = Criterion(">=", agreement, control_bound=value), Control("bigram", 1, bigram, bigram, "it")
     return Measure("signs", NAMES["signs"], value, criterion, control, bounds, most, note)
 
 
-def predicted_mistakes(found: Predicted, draws: Draws) -> Measure:
+def predicted_mistakes(found: Predicted, draws: ClusterBootstrap) -> Measure:
     """Share of the dense model's mistakes that the circuit makes too, beside its mistakes where the dense model is right."""
     wrong_b2 = found.dense <= 0
     value, most = (float(np.mean(x_b2[wrong_b2] <= 0)) for x_b2 in (found.circuit, found.whole))

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from bridge.cards.card import Card, render_card, render_cards, render_nulls
-from bridge.cards.evidence import NULLS, CardConfig, gather_task, held_out, rules, with_nulls
+from bridge.cards.evidence import NULLS, CardConfig, card_rules_digest, gather_task, held_out_pairs, with_nulls
 from bridge.cards.nulls import Nulls, solved_tasks
 from bridge.cards.task_circuit import CardError, TaskCircuit
 from bridge.circuits.task_search import SearchError
@@ -28,7 +28,7 @@ from bridge.verdicts.null_table import fingerprint, stored_task_nulls
 
 
 @dataclass(frozen=True)
-class Wanted:
+class CardRequest:
     """A card to be made: the task's name or file, its circuit or the circuit's folder (None: search it), the card's folder."""
 
     task: str
@@ -36,13 +36,13 @@ class Wanted:
     out: Path | None
 
 
-def wanted_cards(*, task: str | None, circuit: Path | None, names: Sequence[str], out: Path | None) -> tuple[Wanted, ...]:
+def requested_cards(*, task: str | None, circuit: Path | None, names: Sequence[str], out: Path | None) -> tuple[CardRequest, ...]:
     """The requested cards: for the circuits in a folder, or for one or several tasks, searched unless `out` has their circuits.
 
     Raises CardError if the folder holds no circuit, or several although `task` is given.
     """
     if circuit is not None:
-        found = tuple(_in_folder(circuit))
+        found = tuple(_find_circuits(circuit))
         if not found:
             raise CardError(f"{str(circuit)!r}", "holds no circuit", "name a folder that `bridge circuit` wrote")
         one = found[0][0] == circuit
@@ -50,16 +50,18 @@ def wanted_cards(*, task: str | None, circuit: Path | None, names: Sequence[str]
             raise CardError(
                 f"{str(circuit)!r}", "holds several circuits, each of its own task", "leave out ‹task›, or name one circuit"
             )
-        return tuple(Wanted(task or name, folder, out if out is None or one else out / folder.name) for folder, name in found)
+        return tuple(
+            CardRequest(task or name, folder, out if out is None or one else out / folder.name) for folder, name in found
+        )
     wanted = []
     for name in [task] if task else names:
         place = out / folder_name(name) if out is not None and task is None else out
         there = place is not None and (place / "circuit.json").is_file()
-        wanted.append(Wanted(name, place if there else None, place))
+        wanted.append(CardRequest(name, place if there else None, place))
     return tuple(wanted)
 
 
-def _in_folder(folder: Path) -> Iterator[tuple[Path, str]]:
+def _find_circuits(folder: Path) -> Iterator[tuple[Path, str]]:
     """Folders with circuits (this one, or those directly in it), and the names of their tasks."""
     candidates = [folder] if (folder / "circuit.json").is_file() else sorted(folder.glob("*/")) if folder.is_dir() else []
     for one in candidates:
@@ -77,12 +79,12 @@ def task_card(
     """
     started, circuit = time.monotonic(), TaskCircuit.of(result, coupling)
     report = gather_task(coupling, circuit, task, seed=seed, progress=progress)
-    pairs, asked = len(held_out(task)), CardConfig.pairs
+    pairs, asked = len(held_out_pairs(task)), CardConfig.pairs
     return Card(
         task=task.task,
         pairs=pairs,
         report=report,
-        nulls=stored_task_nulls(coupling, rules())[0],
+        nulls=stored_task_nulls(coupling, card_rules_digest())[0],
         notes=(f"There are only {pairs} held-out pairs instead of {asked}.",) if pairs < asked else (),
         provenance={**coupling.provenance, "seed": seed, "nodes": circuit.nodes, "circuit": digest},
         seconds=time.monotonic() - started,
@@ -91,7 +93,7 @@ def task_card(
 
 def run_cards(
     subjects: Subjects,
-    wanted: Sequence[Wanted],
+    wanted: Sequence[CardRequest],
     *,
     seed: int = 0,
     seeds: int = 1,
@@ -103,15 +105,15 @@ def run_cards(
 
     If a single card is wanted, its error is raised instead: TaskError, SearchError, CheckpointError or CardError.
     """
-    nulls, _ = stored_task_nulls(subjects.coupling, rules())
+    nulls, _ = stored_task_nulls(subjects.coupling, card_rules_digest())
     cards: list[Card] = []
     for one in wanted:
         where = f"{folder_name(one.task)}: " if len(wanted) > 1 else ""
         on_progress = within(progress, where)
         try:
             task = resolved(subjects, one.task)
-            result, digest = _circuit(subjects, task, one, seed, seeds, budget, on_progress)
-            card = _kept(one.out, digest, seed)
+            result, digest = _load_or_search(subjects, task, one, seed, seeds, budget, on_progress)
+            card = _stored_card(one.out, digest, seed)
             card = card or task_card(subjects.coupling, task, result, digest, seed=seed, progress=on_progress)
             card = replace(card, nulls=nulls, report=with_nulls(card.report, subjects.coupling))
         except (TaskError, SearchError, CardError, CheckpointError) as error:
@@ -128,8 +130,8 @@ def run_cards(
         yield None, render_cards(cards)
 
 
-def _circuit(
-    subjects: Subjects, task: Resolved, one: Wanted, seed: int, seeds: int, budget: float, on_progress: OnProgress
+def _load_or_search(
+    subjects: Subjects, task: Resolved, one: CardRequest, seed: int, seeds: int, budget: float, on_progress: OnProgress
 ) -> tuple[TaskResult, str]:
     """A circuit, loaded from its folder or searched and saved, and the digest of a stored circuit (otherwise "")."""
     found = one.circuit
@@ -149,10 +151,10 @@ def _circuit(
         return result, ""
     coupling = "" if subjects.coupling.path is None else fingerprint(subjects.coupling)
     circuit = read_json(folder / "circuit.json")["tensors"]["sha256"][:16]
-    return result, f"{circuit}; coupling {coupling}; prompts {task.digest}; rules {rules()}"
+    return result, f"{circuit}; coupling {coupling}; prompts {task.digest}; rules {card_rules_digest()}"
 
 
-def _kept(out: Path | None, digest: str, seed: int) -> Card | None:
+def _stored_card(out: Path | None, digest: str, seed: int) -> Card | None:
     """The card stored in a folder if its digest and seed are these, otherwise None."""
     if out is None or not digest or not (out / "card.json").is_file():
         return None
@@ -180,7 +182,7 @@ def run_nulls(
     The coupling's circuits are loaded from a folder, or searched. Raises CardError if no task is solved.
     """
     fingerprint(subjects.coupling)  # raises before anything is run
-    there = {name: folder for folder, name in _in_folder(circuits)} if circuits is not None else {}
+    there = {name: folder for folder, name in _find_circuits(circuits)} if circuits is not None else {}
     if circuits is not None and not there:
         raise CardError(f"{str(circuits)!r}", "holds no circuits", "name a folder that `bridge circuit` wrote")
     progress(Phase("nulls: finding tasks that both models do"))

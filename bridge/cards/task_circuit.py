@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from bridge.circuits.error_nodes import Followed, error_locations, follow, reference_means, reference_rows
+from bridge.circuits.error_nodes import Followed, error_locations, follow_dense, reference_means, reference_rows
 from bridge.circuits.loss import CircuitLoss, SearchConfig
 from bridge.circuits.masked_model import MaskedModel
 from bridge.circuits.question import Question
@@ -44,7 +44,7 @@ class TaskCircuit:
     task: str
     kept: Mapping[Location, Tensor]
     means: Mapping[Location, Tensor]
-    sparse: str
+    sparse_verdict: str
     seeds_agree: bool | None
 
     @staticmethod
@@ -86,7 +86,7 @@ class TaskCircuit:
             errors = {at: means[at].expand(shape[0], 1 if at.layer == coupling.n_sites else shape[1], -1) for at in of_errors}
         return MaskedModel(coupling.sparse, question, means, errors if of_errors else None, by_position=False)
 
-    def on(self, coupling: CoupledModels, pairs: TokenPairs) -> Transporter:
+    def make_transporter(self, coupling: CoupledModels, pairs: TokenPairs) -> Transporter:
         """Both models on the prompts of some pairs; the reference run keeps every node, and the circuit's errors."""
         followed = followed_rows(coupling, pairs.prompt_bt, pairs.last_b)
         masked = self.masked(coupling, pairs, followed.errors)
@@ -97,7 +97,7 @@ class TaskCircuit:
 def followed_rows(coupling: CoupledModels, prompt_bt: Tensor, last_b: Tensor) -> Followed:
     """The errors on any number of prompts, and the dense run; only the dense logits after each prompt are kept."""
     rows = max(1, _LOGITS // (prompt_bt.shape[1] * coupling.dense.vocabulary))
-    parts = [follow(coupling, *some) for some in zip(prompt_bt.split(rows), last_b.split(rows), strict=True)]
+    parts = [follow_dense(coupling, *some) for some in zip(prompt_bt.split(rows), last_b.split(rows), strict=True)]
     dense_bv = torch.cat([part.dense_bv for part in parts])
     residuals = tuple(torch.cat(x) for x in zip(*(part.dense.residuals for part in parts), strict=True))
     errors = {at: torch.cat([part.errors[at] for part in parts]) for at in parts[0].errors}

@@ -50,7 +50,7 @@ from bridge.models.sparse import Gate, Location
 _MEAN_ROWS = 8  # corpus rows in a batch
 
 
-class _Seen(NamedTuple):
+class _RecordedMaps(NamedTuple):
     """Inputs (`taken`) and outputs (`given`) of linear maps on the probe, in the order of their calls."""
 
     taken: dict[str, Tensor]
@@ -132,9 +132,9 @@ class DenseSubject:
             "give ‹no_dense› to skip the comparison with the dense model's circuits",
         )
 
-    def _watch(self, changed: str | None = None, change: Callable[[Tensor], Tensor] | None = None) -> _Seen:
+    def _record_maps(self, changed: str | None = None, change: Callable[[Tensor], Tensor] | None = None) -> _RecordedMaps:
         """Return inputs and outputs of the linear maps on the probe; `change` alters the output of the map `changed`."""
-        seen, twice, shape = _Seen({}, {}), set[str](), (*self._probe_bt.shape, -1)
+        seen, twice, shape = _RecordedMaps({}, {}), set[str](), (*self._probe_bt.shape, -1)
 
         def watch(path: str, _module: nn.Module, args: tuple, output: Tensor) -> Tensor | None:
             twice.update({path} & seen.taken.keys())
@@ -154,7 +154,7 @@ class DenseSubject:
         return seen
 
     def _sublayers(self) -> list[_Sublayer]:
-        seen = self._watch()
+        seen = self._record_maps()
         found: list[_Sublayer] = []
         for layer, block in enumerate(self.dense.blocks):
             prefix = next(f"{path}." for path, module in self.dense.model.named_modules() if module is block.module)
@@ -163,7 +163,7 @@ class DenseSubject:
             if not paths or len(paths) != len(every):
                 odd = next((path for path in every if path not in paths), "none")
                 raise self._refuse(layer, f"not every map is called exactly once on every token ({odd.removeprefix(prefix)})")
-            feeds = {path: self._fed(path, paths, seen) for path in paths}
+            feeds = {path: self._maps_fed_by(path, paths, seen) for path in paths}
             here: list[_Sublayer] = []
             for group in self._split(paths, feeds, block.middle is not None):
                 first = tuple(path for path in group if not any(path in feeds[other] for other in group))
@@ -171,7 +171,7 @@ class DenseSubject:
                 if len(last) != 1 or not first or any(not torch.equal(seen.taken[path], seen.taken[first[0]]) for path in first):
                     names = ", ".join(path.removeprefix(prefix) for path in group)
                     raise self._refuse(layer, f"{names} are not maps that read the same input, followed by one last map")
-                attention = any(self._mixes(path, last[0], seen) for path in first)
+                attention = any(self._mixes_positions(path, last[0], seen) for path in first)
                 here.append(_Sublayer(layer, attention, first, last[0]))
             if sorted(sublayer.attention for sublayer in here) != [False, True]:
                 kinds = " and ".join("attention" if sublayer.attention else "an MLP" for sublayer in here)
@@ -179,10 +179,10 @@ class DenseSubject:
             found += here
         return found
 
-    def _fed(self, path: str, others: Sequence[str], seen: _Seen) -> set[str]:
+    def _maps_fed_by(self, path: str, others: Sequence[str], seen: _RecordedMaps) -> set[str]:
         """Return the other maps whose inputs change when the output of a map is disturbed."""
         noise = torch.randn(seen.given[path].shape, generator=torch.Generator().manual_seed(0)).to(self.device)
-        now = self._watch(path, lambda output: output + (1 + output.std()) * noise.to(output.dtype))
+        now = self._record_maps(path, lambda output: output + (1 + output.std()) * noise.to(output.dtype))
         return {other for other in others if other != path and not torch.equal(now.taken[other], seen.taken[other])}
 
     def _split(self, paths: Sequence[str], feeds: Mapping[str, set[str]], sequential: bool) -> list[list[str]]:
@@ -202,10 +202,10 @@ class DenseSubject:
             groups.append([*(other for group in near for other in group), path])
         return groups
 
-    def _mixes(self, path: str, last: str, seen: _Seen) -> bool:
+    def _mixes_positions(self, path: str, last: str, seen: _RecordedMaps) -> bool:
         """Return whether early positions of a map's output affect later positions of the last map's input."""
         half = self._probe_bt.shape[1] // 2
-        now = self._watch(path, lambda output: torch.cat([output[:, :half].roll(1, 0) * 2 + 1, output[:, half:]], 1))
+        now = self._record_maps(path, lambda output: torch.cat([output[:, :half].roll(1, 0) * 2 + 1, output[:, half:]], 1))
         return not torch.equal(now.taken[last][:, half:], seen.taken[last][:, half:])
 
     def _location(self, location: Location, size: int) -> Location:
@@ -215,7 +215,7 @@ class DenseSubject:
         return location
 
     def _wire_attention(self, sublayer: _Sublayer) -> None:
-        seen, layer = self._watch(), sublayer.layer
+        seen, layer = self._record_maps(), sublayer.layer
         taken = seen.taken[sublayer.last]
         read = self._location(Location(layer, "attn_in"), seen.taken[sublayer.first[0]].shape[-1])
         value_bj = torch.cat([seen.given[path][:, 0] for path in sublayer.first], -1)
@@ -240,7 +240,7 @@ class DenseSubject:
                 self._matrices.append(Matrix(channels, write, weight_ji[:, here_i], channel_i[here_i] - start, target_j))
 
     def _wire_mlp(self, sublayer: _Sublayer) -> None:
-        seen, layer = self._watch(), sublayer.layer
+        seen, layer = self._record_maps(), sublayer.layer
         read = self._location(Location(layer, "mlp_in"), seen.taken[sublayer.first[0]].shape[-1])
         neurons = seen.taken[sublayer.last].shape[-1]
         act = self._before[sublayer.last] = self._location(Location(layer, "mlp_act"), neurons)

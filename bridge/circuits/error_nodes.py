@@ -60,7 +60,7 @@ def error_locations(n_sites: int) -> Iterator[Location]:
 
 
 @torch.no_grad()
-def follow(coupling: CoupledModels, prompt_bt: Tensor, last_b: Tensor) -> Followed:
+def follow_dense(coupling: CoupledModels, prompt_bt: Tensor, last_b: Tensor) -> Followed:
     """Return the dense run and the errors on some prompts, each of which ends at position last_b."""
     dense, errors = _errors(coupling, prompt_bt)
     row_b, logits_at = torch.arange(len(prompt_bt), device=prompt_bt.device), Location(coupling.n_sites, ERROR)

@@ -100,7 +100,7 @@ def _stored(sparse: SparseTransformer, name: str, read_n: Tensor, row_m: Tensor,
 
 
 @dataclass(frozen=True, eq=False)
-class Place:
+class KernelLocation:
     """A location for the kernels: offset and number per token of its masks, its live nodes, and the errors of a site.
 
     kept is how many nodes AbsTopK keeps; near says about where its thresholds were at the last call.
@@ -119,16 +119,16 @@ class Place:
 class Sublayer:
     """A sublayer for the kernels: its locations by kind, its matrices by name, the sinks of its live heads."""
 
-    at: dict[str, Place]
+    at: dict[str, KernelLocation]
     matrix: dict[str, StoredMatrix]
     sink_h: np.ndarray
 
 
-def placed(
+def kernel_locations(
     live: LiveModel, space: NodeSpace, means: Mapping[Location, Tensor], errors: Mapping[Location, Tensor] | None
-) -> dict[Location, Place]:
+) -> dict[Location, KernelLocation]:
     """Return the locations of a row of masks, in its order."""
-    at_location, first = dict[Location, Place](), 0
+    at_location, first = dict[Location, KernelLocation](), 0
     for at, size in space.sizes.items():
         nodes = live.nodes.get(at)
         if nodes is not None:
@@ -139,12 +139,12 @@ def placed(
         excess_bts = (errors[at] - means[at])[..., channel_n] if errors and at in errors else mean_n.new_zeros(0, 0, 0)
         kept, near = nodes.kept if nodes else 0, np.zeros(LANES, np.int16)
         arrays = mean_n.numpy(), channel_n.numpy()
-        at_location[at] = Place(first, size, *arrays, kept, near, excess_bts.contiguous().numpy())
+        at_location[at] = KernelLocation(first, size, *arrays, kept, near, excess_bts.contiguous().numpy())
         first += space.n_tokens * size
     return at_location
 
 
-def sublayers(sparse: SparseTransformer, live: LiveModel, places: Mapping[Location, Place]) -> list[Sublayer]:
+def sublayers(sparse: SparseTransformer, live: LiveModel, places: Mapping[Location, KernelLocation]) -> list[Sublayer]:
     """Return a model's sublayers, by site; the attention and the MLP of a layer share one `Sublayer`."""
     made = list[Sublayer]()
     for layer, head_h in live.heads.items():
@@ -153,7 +153,7 @@ def sublayers(sparse: SparseTransformer, live: LiveModel, places: Mapping[Locati
     return made
 
 
-_known: WeakKeyDictionary[SparseTransformer, tuple[tuple[object, ...], LiveModel]] = WeakKeyDictionary()
+_live_models: WeakKeyDictionary[SparseTransformer, tuple[tuple[object, ...], LiveModel]] = WeakKeyDictionary()
 
 
 def live_model(
@@ -165,9 +165,9 @@ def live_model(
         if at.kind in READ_KINDS + WRITE_KINDS or (at.kind == ERROR and at.layer < sparse.n_sites):
             also_s |= x.reshape(-1, sparse.width).ne(0).any(0)
     state = (*map(source_of, sparse.parameters()), also_s.numpy().tobytes())
-    if _known.get(sparse, (None, None))[0] != state:
-        _known[sparse] = state, LiveModel(sparse, also_s)
-    return _known[sparse][1]
+    if _live_models.get(sparse, (None, None))[0] != state:
+        _live_models[sparse] = state, LiveModel(sparse, also_s)
+    return _live_models[sparse][1]
 
 
 def _not_empty(live_c: Tensor) -> Tensor:

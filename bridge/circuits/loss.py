@@ -42,7 +42,7 @@ class Level:
     faithfulness: float | None
 
     @property
-    def allowed(self) -> float:
+    def allowed_miss(self) -> float:
         """Largest miss that the level allows a circuit alone, as a share of the span."""
         return 1.0 if self.faithfulness is None else 1 - self.faithfulness
 
@@ -93,7 +93,7 @@ class CircuitLoss(Generic[M]):
 
     def __init__(self, masked: M, model_bv: Tensor, config: SearchConfig) -> None:
         """Take model_bv, the logits after each prompt of the model to be explained: the dense model's if errors are followed."""
-        self.masked, self.config, self.model_bv, self._in_turn = masked, config, model_bv, masked.question.in_turn
+        self.masked, self.config, self.model_bv, self._in_turn = masked, config, model_bv, masked.question.rows_or_all
         count = len(masked.question)
         nothing_bf = torch.zeros(count, masked.space.size, dtype=torch.bool, device=model_bv.device)
         self.model_b = masked.question.difference(model_bv, torch.arange(count, device=model_bv.device))
@@ -104,7 +104,7 @@ class CircuitLoss(Generic[M]):
         superset_uf = random_sets(np.random.default_rng(config.seed), np.array(config.densities), masked.space.size)
         self.superset_uf = superset_uf.to(model_bv.device) & self.nodes_f
 
-    def seeded(self, seed: int) -> CircuitLoss[M]:
+    def with_seed(self, seed: int) -> CircuitLoss[M]:
         """Return a copy with another seed in its config, and the supersets of that seed."""
         return CircuitLoss(self.masked, self.model_bv, replace(self.config, seed=seed))
 
@@ -125,7 +125,7 @@ class CircuitLoss(Generic[M]):
     def gradients(self, kept_cf: Tensor, loss: Quantity, node_k: Tensor | None = None) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         """Yield batches (mask_r, gradient_rf, loss_r) for every mask on every prompt, ordered by mask; mask_r is its index."""
         count = len(self.model_b)
-        for place_r in torch.arange(len(kept_cf) * count, device=kept_cf.device).split(self.masked.rows):
+        for place_r in torch.arange(len(kept_cf) * count, device=kept_cf.device).split(self.masked.rows_per_batch):
             mask_r, row_r = place_r // count, place_r % count
             yield mask_r, *self.masked.gradient(kept_cf[mask_r], lambda x_rv, row_r=row_r: loss(x_rv, row_r), row_r, node_k)
 
@@ -134,7 +134,7 @@ class CircuitLoss(Generic[M]):
         row_r = self._in_turn(len(logits_rv), row_r)
         return (self.masked.question.difference(logits_rv, row_r) - self.model_b[row_r]) / max(abs(self.span), 1e-6)
 
-    def left(self, logits_rv: Tensor, row_r: Tensor | None = None) -> Tensor:
+    def fraction_left(self, logits_rv: Tensor, row_r: Tensor | None = None) -> Tensor:
         """Return left_r, the share of the span that remains."""
         row_r = self._in_turn(len(logits_rv), row_r)
         difference_r = self.masked.question.difference(logits_rv, row_r)
@@ -144,25 +144,25 @@ class CircuitLoss(Generic[M]):
         """Return kl_r from the model's next-token distribution to the copy's, in nats."""
         return kl(self.model_bv if len(self.model_b) == 1 else self.model_bv[self._in_turn(len(logits_rv), row_r)], logits_rv)
 
-    def bounded(self, logits_rv: Tensor, level: Level, row_r: Tensor | None = None) -> Tensor:
+    def relative_miss(self, logits_rv: Tensor, level: Level, row_r: Tensor | None = None) -> Tensor:
         """Return the signed miss_r, or kl_r if the level bounds that, divided by what the level allows a circuit alone."""
         if level.faithfulness is None:
             return self.kl(logits_rv, row_r) / self.config.kl
-        return self.miss(logits_rv, row_r) / level.allowed
+        return self.miss(logits_rv, row_r) / level.allowed_miss
 
-    def signed(self, logits_rv: Tensor, row_r: Tensor, level: Level) -> Tensor:
+    def prompt_miss(self, logits_rv: Tensor, row_r: Tensor, level: Level) -> Tensor:
         """Return `bounded`; with several prompts divided by a single one's wider bound, since `bounded` is for their mean."""
-        return self.bounded(logits_rv, level, row_r) / self._of_several(level)
+        return self.relative_miss(logits_rv, level, row_r) / self._prompt_bound(level)
 
-    def squared(self, logits_rv: Tensor, row_r: Tensor, level: Level) -> Tensor:
+    def prompt_penalty(self, logits_rv: Tensor, row_r: Tensor, level: Level) -> Tensor:
         """Return squared misses of single masked copies, or their KL, as multiples (`signed`) of what the level allows."""
-        return self._squared(self.signed(logits_rv, row_r, level), level)
+        return self._penalty(self.prompt_miss(logits_rv, row_r, level), level)
 
-    def beyond_left(self, logits_rv: Tensor, row_r: Tensor) -> Tensor:
+    def excess_left(self, logits_rv: Tensor, row_r: Tensor) -> Tensor:
         """Return how far the remaining span exceeds `config.left`, as a multiple of that; negative below it."""
-        return (self.left(logits_rv, row_r) - self.config.left) / self.config.left
+        return (self.fraction_left(logits_rv, row_r) - self.config.left) / self.config.left
 
-    def terms(self, logits_rv: Tensor, level: Level, row_p: Tensor) -> Tensor:
+    def descent_terms(self, logits_rv: Tensor, level: Level, row_p: Tensor) -> Tensor:
         """Return the terms that a descent minimises: squared misses of a circuit, then of its supersets, then of its complement.
 
         Each has a row for each of the prompts row_p, and is a multiple of its bound. There are `config.supersets` supersets. The
@@ -170,8 +170,8 @@ class CircuitLoss(Generic[M]):
         """
         count, row_r = len(row_p), row_p.repeat(len(logits_rv) // len(row_p))
         inside = (1 + self.config.supersets) * count
-        off_r = self.squared(logits_rv[:inside], row_r[:inside], level)
-        left_r = self.beyond_left(logits_rv[inside:], row_r[inside:]).clamp(min=0)
+        off_r = self.prompt_penalty(logits_rv[:inside], row_r[:inside], level)
+        left_r = self.excess_left(logits_rv[inside:], row_r[inside:]).clamp(min=0)
         return torch.cat([off_r[:count], off_r[count:] / self.superset_bound(level), left_r.square()])
 
     # -- circuits: every mask on every prompt, ordered by mask ------------------------------------------------------------
@@ -180,57 +180,57 @@ class CircuitLoss(Generic[M]):
         """Return the masks with each circuit deleted: every other node is kept, all errors are at their means."""
         return ~kept_cf & self.nodes_f
 
-    def left_by(self, kept_cf: Tensor) -> Tensor:
+    def left_after_deletion(self, kept_cf: Tensor) -> Tensor:
         """Return left_c, the share of the span that is left when each circuit is deleted, averaged over the prompts."""
-        return self._by_circuit(self.left(self.logits(self.complement(kept_cf)))).mean(1)
+        return self._by_circuit(self.fraction_left(self.logits(self.complement(kept_cf)))).mean(1)
 
-    def off(self, logits_rv: Tensor, level: Level) -> Tensor:
+    def distance_alone(self, logits_rv: Tensor, level: Level) -> Tensor:
         """Return off_c: how far each circuit alone is off, as a multiple of what the level allows."""
-        return self._off(self._by_circuit(self.bounded(logits_rv, level)), level)
+        return self._distance(self._by_circuit(self.relative_miss(logits_rv, level)), level)
 
-    def measured(self, kept_cf: Tensor, level: Level) -> tuple[list[float], list[float]]:
+    def distances_and_terms(self, kept_cf: Tensor, level: Level) -> tuple[list[float], list[float]]:
         """Return (off, terms) of circuits: the distance for the bound that a circuit misses most, at most 1 within the level.
 
         terms is the sum of those that a descent minimises, here over the fixed supersets and without the complement.
         """
         inside_uf = torch.cat([torch.zeros_like(self.superset_uf[:1]), self.superset_uf])
-        x_r, off, terms = self.bounded(self.logits((kept_cf[:, None] | inside_uf).flatten(0, 1)), level), [], []
+        x_r, off, terms = self.relative_miss(self.logits((kept_cf[:, None] | inside_uf).flatten(0, 1)), level), [], []
         for x_ub in x_r.view(len(kept_cf), len(inside_uf), -1):
-            squared_ub = self._squared(x_ub / self._of_several(level), level)
+            squared_ub = self._penalty(x_ub / self._prompt_bound(level), level)
             terms.append(float(squared_ub[0].mean() + squared_ub[1:].mean() / self.superset_bound(level)))
-            off.append(max(float(self._off(x_ub[:1], level)), self._off_in_supersets(x_ub[1:], level)))
+            off.append(max(float(self._distance(x_ub[:1], level)), self._distance_in_supersets(x_ub[1:], level)))
         return off, terms
 
-    def worst(self, kept_f: Tensor, level: Level) -> float:
+    def worst_distance(self, kept_f: Tensor, level: Level) -> float:
         """Return a circuit's distance for the bound of a level that it misses most: at most 1 within the level."""
-        return self.measured(kept_f[None], level)[0][0]
+        return self.distances_and_terms(kept_f[None], level)[0][0]
 
-    def within(self, kept_f: Tensor, level: Level) -> bool:
+    def meets_bounds(self, kept_f: Tensor, level: Level) -> bool:
         """Return whether a circuit meets all bounds of a level."""
-        return float(self.off(self.logits(kept_f[None]), level)) <= 1 and self.worst(kept_f, level) <= 1
+        return float(self.distance_alone(self.logits(kept_f[None]), level)) <= 1 and self.worst_distance(kept_f, level) <= 1
 
     def superset_bound(self, level: Level) -> float:
         """Return the bound on the mean of `squared` in supersets."""
-        return 2 if level.faithfulness is None else (_TIGHTER * self.config.superset_mean) ** 2
+        return 2 if level.faithfulness is None else (_SUPERSET_RMS_FACTOR * self.config.superset_mean) ** 2
 
-    def _of_several(self, level: Level) -> float:
-        return _ONE_OF_SEVERAL if len(self.model_b) > 1 and level.faithfulness is not None else 1
+    def _prompt_bound(self, level: Level) -> float:
+        return _PROMPT_BOUND if len(self.model_b) > 1 and level.faithfulness is not None else 1
 
     @staticmethod
-    def _squared(x_r: Tensor, level: Level) -> Tensor:
+    def _penalty(x_r: Tensor, level: Level) -> Tensor:
         return x_r if level.faithfulness is None else x_r.square()
 
-    def _off(self, x_cb: Tensor, level: Level) -> Tensor:
+    def _distance(self, x_cb: Tensor, level: Level) -> Tensor:
         """Return off_c for the bounds over all prompts, mean and rms; for one prompt the mean always decides."""
         if level.faithfulness is None:
             return x_cb.mean(1)
         return torch.maximum(x_cb.mean(1).abs(), x_cb.square().mean(1).sqrt() / self.config.superset_rms)
 
-    def _off_in_supersets(self, x_ub: Tensor, level: Level) -> float:
+    def _distance_in_supersets(self, x_ub: Tensor, level: Level) -> float:
         """Return the distance (as in `_off`) of one circuit's supersets, for the bound that is missed most."""
         if level.faithfulness is None:
             return float(x_ub.mean()) / 2
-        off_u, config = self._off(x_ub, level), self.config
+        off_u, config = self._distance(x_ub, level), self.config
         rms = float(x_ub.square().mean().sqrt())  # over supersets and prompts
         return max(
             float(off_u.mean()) / config.superset_mean, rms / config.superset_rms, float(off_u.max()) / config.superset_worst
@@ -240,8 +240,8 @@ class CircuitLoss(Generic[M]):
         return x_r.view(-1, len(self.model_b))
 
 
-_ONE_OF_SEVERAL = 2.0  # bound on the miss on one of several prompts, as a multiple of the allowed mean miss
-_TIGHTER = 1.2  # times the allowed mean miss in supersets: bound on the rms, which exceeds the mean
+_PROMPT_BOUND = 2.0  # bound on the miss on one of several prompts, as a multiple of the allowed mean miss
+_SUPERSET_RMS_FACTOR = 1.2  # times the allowed mean miss in supersets: bound on the rms, which exceeds the mean
 
 
 def random_sets(generator: np.random.Generator, density_u: np.ndarray, count: int) -> Tensor:

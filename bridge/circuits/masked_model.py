@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from bridge.circuits.error_nodes import error_locations
-from bridge.circuits.masked_pass import MaskedPass, serves
+from bridge.circuits.masked_pass import MaskedPass, supports_model
 from bridge.circuits.question import Question
 from bridge.kernels.cpu import tokens_contiguous
 from bridge.kernels.products import tokens_inside
@@ -71,7 +71,7 @@ class Masked(ABC):
         """Return logits_rv after the prompts row_r, with every node under the gate and the stream under the correction."""
 
     @property
-    def rows(self) -> int:
+    def rows_per_batch(self) -> int:
         """Number of masked copies in a batch of sensible size."""
         return max(1, min(_ROW_TOKENS // self.n_tokens, _ROW_NODES // self.space.size))
 
@@ -82,7 +82,7 @@ class Masked(ABC):
 
     def gates(self, kept_rf: Tensor, row_r: Tensor | None = None) -> tuple[Gate, Gate]:
         """Return the gate and the correction that make the model the masked copies; without errors nothing is corrected."""
-        parts, row_r = self.space.split(kept_rf), self.question.in_turn(len(kept_rf), row_r)
+        parts, row_r = self.space.split(kept_rf), self.question.rows_or_all(len(kept_rf), row_r)
 
         def kept(location: Location, x_rtn: Tensor) -> Tensor:
             """Return the masks of rows that have entered, at computed positions: in a narrow run only the last one."""
@@ -107,10 +107,10 @@ class Masked(ABC):
     @torch.no_grad()
     def logits(self, kept_rf: Tensor, row_r: Tensor | None = None) -> Tensor:
         """Return logits_rv after the prompts row_r, for any number of masks."""
-        row_r = self.question.in_turn(len(kept_rf), row_r)
+        row_r = self.question.rows_or_all(len(kept_rf), row_r)
         if self._compiled is not None:
             return self._compiled.logits(kept_rf, row_r)
-        rows = zip(kept_rf.split(self.rows), row_r.split(self.rows), strict=True)
+        rows = zip(kept_rf.split(self.rows_per_batch), row_r.split(self.rows_per_batch), strict=True)
         return torch.cat([self._last_logits(some_r, *self.gates(some_rf, some_r)) for some_rf, some_r in rows])
 
     @torch.no_grad()
@@ -126,7 +126,7 @@ class Masked(ABC):
         node_k: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Return gradient_rf of the sum of loss(logits_rv) with respect to the mask entries, all or node_k, and loss_r."""
-        row_r = self.question.in_turn(len(kept_rf), row_r)
+        row_r = self.question.rows_or_all(len(kept_rf), row_r)
         if self._compiled is not None:
             return self._compiled.gradient(kept_rf, loss, row_r, node_k)
         gate, correct = self.gates(kept_rf, row_r)
@@ -185,10 +185,10 @@ class MaskedModel(Masked):
             sizes |= dict.fromkeys(error_locations(sparse.n_sites), 1)
         super().__init__(question, sizes, means, errors, by_position=by_position)
         self.sparse = sparse
-        self._narrow = question.whole_rows
-        self._compiled = MaskedPass(sparse, question, self.space, means, errors) if serves(sparse) else None
+        self._narrow = question.is_unpadded
+        self._compiled = MaskedPass(sparse, question, self.space, means, errors) if supports_model(sparse) else None
 
-    def only(self, row: int) -> MaskedModel:
+    def on_prompt(self, row: int) -> MaskedModel:
         """Return the model with masks over the same nodes on one of the prompts."""
         question = self.question.rows(torch.tensor([row], device=self.device))
         length = question.prompt_bt.shape[1]
@@ -208,8 +208,8 @@ class MaskedModel(Masked):
         With narrow, the logits are those of the last position, and what cannot reach them is not computed. Rows that enter must
         be in the order of their sites, because a sublayer sees only those that have entered.
         """
-        row_r = self.question.in_turn(len(kept_rf), row_r)
-        if narrow and self._compiled is not None and (enter is None or self._compiled.silent(enter.x_btd)):
+        row_r = self.question.rows_or_all(len(kept_rf), row_r)
+        if narrow and self._compiled is not None and (enter is None or self._compiled.covers_stream(enter.x_btd)):
             return self._compiled.run(kept_rf, row_r, enter)
         gate, correct = self.gates(kept_rf, row_r)
         tokens_rt = self.question.prompt_bt[row_r]
@@ -225,7 +225,7 @@ class MaskedModel(Masked):
         return logits_kv
 
     def runs_without(
-        self, kept_f: Tensor, sets: Sequence[Tensor] | Tensor, whole: Trace, *, beside: bool = False
+        self, kept_f: Tensor, sets: Sequence[Tensor] | Tensor, whole: Trace, *, with_reference: bool = False
     ) -> Iterator[tuple[Tensor, Trace]]:
         """Yield (some_k, trace) of narrow runs without the sets some_k, each from its first node's sublayer on, batch by batch.
 
@@ -233,9 +233,9 @@ class MaskedModel(Masked):
         """
         site_k = torch.tensor([int(self.site_f[node_s.cpu()].min()) if node_s.numel() else 0 for node_s in sets])
         for some_k in self.batches(site_k, self.sparse.narrow_from):
-            of_r = torch.cat([some_k[:1], some_k]) if beside else some_k
+            of_r = torch.cat([some_k[:1], some_k]) if with_reference else some_k
             kept_rf = kept_f.repeat(len(of_r), 1)
-            for row, k in enumerate(some_k.tolist(), int(beside)):
+            for row, k in enumerate(some_k.tolist(), int(with_reference)):
                 kept_rf[row, sets[k]] = False
             x_rts = torch.cat([whole.residuals[max(0, site)] for site in site_k[of_r].tolist()])
             yield some_k, self.run(kept_rf, None, Enter(site_k[of_r], x_rts), narrow=True)
@@ -245,7 +245,7 @@ class MaskedModel(Masked):
         for part_k in (site_k < late, site_k >= late):
             place_k = part_k.nonzero().flatten()
             if len(place_k):
-                yield from place_k[torch.argsort(site_k[place_k], stable=True)].split(self.rows)
+                yield from place_k[torch.argsort(site_k[place_k], stable=True)].split(self.rows_per_batch)
 
     def _last_logits(self, row_r: Tensor, gate: Gate, correct: Gate) -> Tensor:
         tokens_rt = self.question.prompt_bt[row_r]
@@ -279,6 +279,6 @@ def integrated_gradients(
     alpha_r1 = (torch.arange(alphas, device=over_f.device)[:, None] + 0.5) / alphas
     fixed_f = torch.zeros(over_f.shape, device=over_f.device) if kept_f is None else (kept_f & ~over_f).float()
     total_f = torch.zeros_like(fixed_f)
-    for some_r1 in alpha_r1.split(masked.rows):
+    for some_r1 in alpha_r1.split(masked.rows_per_batch):
         total_f += gradient(fixed_f + some_r1 * over_f).sum(0)
     return torch.where(over_f, total_f / alphas, 0)

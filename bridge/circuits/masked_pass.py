@@ -24,7 +24,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bridge.circuits.live_nodes import Place, Sublayer, live_model, placed, sublayers
+from bridge.circuits.live_nodes import KernelLocation, Sublayer, kernel_locations, live_model, sublayers
 from bridge.circuits.question import Question
 from bridge.kernels import attention, masked
 from bridge.kernels.masked import Lanes, Room
@@ -35,14 +35,16 @@ from bridge.recipe import AttentionShape
 
 _TILE = 128  # lanes computed at a time: what is kept of them for the backward pass stays within some megabytes
 _TILES = 8  # kept for the backward pass; if there are more, each is computed again
-_KNOWN = 64  # tiles whose lanes are cached
-_DENSEST = 0.6  # share of nonzero weights above which dense products are faster: at .5, for 128 x 128, they take twice as long
+_MAX_CACHED_LANES = 64  # tiles whose lanes are cached
+_MAX_DENSITY = (
+    0.6  # share of nonzero weights above which dense products are faster: at .5, for 128 x 128, they take twice as long
+)
 
 Array = np.ndarray
-Back = Callable[[Array, "_Every | _Some"], Array]  # (dy, dmask) -> dx; gradients of masks are given to dmask
+Back = Callable[[Array, "_AllGradients | _SelectedGradients"], Array]  # (dy, dmask) -> dx; gradients of masks are given to dmask
 
 
-def serves(sparse: SparseTransformer) -> bool:
+def supports_model(sparse: SparseTransformer) -> bool:
     """Return whether the pass supports a model: whole, frozen, sparse, float32 on a CPU, with plain sequential sublayers."""
     form = sparse.form
     other = form.gated or form.score_cap or form.logit_cap or form.qk_norm or form.writes_normed or not form.reads_normed
@@ -51,25 +53,25 @@ def serves(sparse: SparseTransformer) -> bool:
     alternating = tuple(sparse.sublayer_kinds) == ("attn", "mlp") * (len(sparse.sublayer_kinds) // 2)
     frozen = all(not p.requires_grad and p.dtype == torch.float32 for p in sparse.parameters())
     packed = frozen and sparse.device.type == "cpu" and bool(sparse.compact) and sparse.shape.blocks is None
-    return plain and alternating and packed and sparse.achieved_l0() <= _DENSEST
+    return plain and alternating and packed and sparse.achieved_l0() <= _MAX_DENSITY
 
 
-class _Every:
+class _AllGradients:
     """Receives the gradients of all entries of a tile's masks."""
 
     def __init__(self, gradient_rf: Array) -> None:
         self.flat = gradient_rf.reshape(-1)
 
-    def nodes(self, at: Place, lanes: Lanes, dy: Array, change: Array, through: Array) -> None:
+    def nodes(self, at: KernelLocation, lanes: Lanes, dy: Array, change: Array, through: Array) -> None:
         """Collect the mask gradients of a location's nodes, and turn dy into dpre."""
         masked.nodes_back(dy, change, through, lanes.places(at.size), at.first, at.channel_n, self.flat)
 
-    def error(self, at: Place, lanes: Lanes, dx: Array, *what: Array) -> None:
+    def error(self, at: KernelLocation, lanes: Lanes, dx: Array, *what: Array) -> None:
         """Collect the mask gradients of a site's errors."""
         masked.add_error_back(dx, lanes.places(1), at.first, *what, self.flat)
 
 
-class _Some:
+class _SelectedGradients:
     """Receives the gradients of some entries, per location as index k, token and channel; if few, most work is spared."""
 
     def __init__(self, of: MaskedPass, node_k: Tensor, gradient_rk: Array) -> None:
@@ -78,7 +80,7 @@ class _Some:
             of.asked, of.asked_parts = node_k, dict(of.live_parts(node_k))
         self.parts = of.asked_parts
 
-    def nodes(self, at: Place, lanes: Lanes, dy: Array, change: Array, through: Array) -> None:
+    def nodes(self, at: KernelLocation, lanes: Lanes, dy: Array, change: Array, through: Array) -> None:
         """Collect the mask gradients of a location's nodes, and turn dy into dpre."""
         if at.first in self.parts:
             here_k, token_k, channel_k = self.parts[at.first]
@@ -87,7 +89,7 @@ class _Some:
             self.gradient_rk[:, here_k] = gradient_kr.T
         dy *= through
 
-    def error(self, at: Place, lanes: Lanes, dx: Array, *what: Array) -> None:
+    def error(self, at: KernelLocation, lanes: Lanes, dx: Array, *what: Array) -> None:
         """Collect the mask gradients of a site's errors."""
         if at.first in self.parts:
             here_k, token_k, _ = self.parts[at.first]
@@ -113,7 +115,7 @@ class MaskedPass:
         self.last_b = question.last_b.numpy()
         self.live = live = live_model(sparse, {at: means[at] for at in space.sizes}, errors)
         self.embedded_bts = sparse.embed(question.prompt_bt)[..., live.stream_s].numpy()
-        self.at = placed(live, space, means, errors)
+        self.at = kernel_locations(live, space, means, errors)
         self.sublayers = sublayers(sparse, live, self.at)
         self.rooms, self.brief = [Room() for _ in range(_TILES)], Room()
         self.known_lanes: dict[bytes, tuple[Lanes, Lanes]] = {}
@@ -169,7 +171,7 @@ class MaskedPass:
             tile = tiles[place] if tiles else _Tile(self, *part, self.rooms[0], True)
             some = slice(first, first := first + len(part[1]))
             into = gradient_rf[some].numpy()
-            dmask = _Every(into) if node_k is None else _Some(self, node_k, into)
+            dmask = _AllGradients(into) if node_k is None else _SelectedGradients(self, node_k, into)
             tile.backward(gradient_rv[some].numpy(), dmask)
         return gradient_rf, loss_r.detach()
 
@@ -177,7 +179,7 @@ class MaskedPass:
         """Return the lanes of all tokens of some copies, and those of their answers."""
         key = prompt_r.tobytes()
         if key not in self.known_lanes:
-            self.known_lanes = self.known_lanes if len(self.known_lanes) < _KNOWN else {}
+            self.known_lanes = self.known_lanes if len(self.known_lanes) < _MAX_CACHED_LANES else {}
             token_rt, last_r1 = np.tile(np.arange(self.n_tokens), (len(prompt_r), 1)), self.last_b[prompt_r][:, None]
             shape = self.n_tokens, self.space.size, self.space.n_tokens > 1
             self.known_lanes[key] = Lanes(prompt_r, token_rt, *shape), Lanes(prompt_r, last_r1, *shape)
@@ -192,7 +194,7 @@ class MaskedPass:
             live_k = channel_k >= 0
             yield self.at[at].first, (here_k.numpy()[live_k], token_k[live_k], channel_k[live_k])
 
-    def silent(self, x_rts: Tensor) -> bool:
+    def covers_stream(self, x_rts: Tensor) -> bool:
         """Return whether a stream is 0 in every channel that is not computed."""
         return bool(x_rts.count_nonzero() == x_rts[..., self.live.stream_s].count_nonzero())
 
@@ -256,16 +258,16 @@ class _Tile:
         if trace:
             self.residuals[sparse.n_sites - 1] = self._stream(x, lanes)
         y, normed_back = self._norm(x)
-        self._way(lambda dy, _: normed_back(dy, np.zeros_like(dy)))
+        self._append_backward(lambda dy, _: normed_back(dy, np.zeros_like(dy)))
         unembedding = of.live.unembedding
         logits = unembedding.times(y, room)
-        self._way(lambda dy, _: unembedding.back(dy, self.brief))
+        self._append_backward(lambda dy, _: unembedding.back(dy, self.brief))
         if of.bigram_bv is not None:
             logits[:, :rows] += of.bigram_bv[prompt_r].T
         self._error(sparse.n_sites, logits, self.answers)
         self.logits_rv = torch.from_numpy(logits[:, :rows].T.copy())
 
-    def backward(self, gradient_rv: Array, dmask: _Every | _Some) -> None:
+    def backward(self, gradient_rv: Array, dmask: _AllGradients | _SelectedGradients) -> None:
         """Give the gradients of the masks to dmask, from the gradients of the logits."""
         d = np.zeros((gradient_rv.shape[1], self.answers.padded), np.float32)
         d[:, : len(gradient_rv)] = gradient_rv.T
@@ -274,7 +276,7 @@ class _Tile:
             d = back(d, dmask)
         self.ways.clear()  # they hold the tile and its masks
 
-    def _way(self, back: Back) -> None:
+    def _append_backward(self, back: Back) -> None:
         """Append the backward step of an operation, if the tile keeps them."""
         if self.keep:
             self.ways.append(back)
@@ -296,7 +298,7 @@ class _Tile:
         write, write_back = self._nodes(places["attn_out"], matrices["o"].times(z, room), to)
         into = self._answers(x) if narrow else x
 
-        def back(dx: Array, dmask: _Every | _Some) -> Array:
+        def back(dx: Array, dmask: _AllGradients | _SelectedGradients) -> Array:
             dz = matrices["o"].back(write_back(_copied(dx, self.brief), dmask), self.brief)
             dy = dict(zip("qkv", attend_back(dz), strict=True))
             dr_q, dr, dr_v = (matrices[kind].back(parts[kind][1](dy[kind], dmask), self.brief) for kind in "qkv")
@@ -310,7 +312,7 @@ class _Tile:
                 dr += dr_q
             return normed_back(r_back(dr, dmask), dx)
 
-        self._way(back)
+        self._append_backward(back)
         return self._sum(into, write)
 
     def _mlp(self, sublayer: Sublayer, x: Array, lanes: Lanes) -> Array:
@@ -323,12 +325,12 @@ class _Tile:
         a, a_back = self._nodes(places["mlp_act"], before, lanes)
         write, write_back = self._nodes(places["mlp_out"], down.times(a, room), lanes)
 
-        def back(dx: Array, dmask: _Every | _Some) -> Array:
+        def back(dx: Array, dmask: _AllGradients | _SelectedGradients) -> Array:
             da = a_back(down.back(write_back(_copied(dx, self.brief), dmask), self.brief), dmask)
             da *= gradient[: len(da)]
             return normed_back(r_back(up.back(da, self.brief), dmask), dx)
 
-        self._way(back)
+        self._append_backward(back)
         return self._sum(x, write)
 
     def _error(self, site: int, x: Array, lanes: Lanes) -> None:
@@ -340,22 +342,22 @@ class _Tile:
         what = at.excess_bts, lanes.prompt_l, token_l
         masked.add_error(x, self.mask, lanes.places(1), at.first, at.mean_n, *what)
 
-        def back(dx: Array, dmask: _Every | _Some) -> Array:
+        def back(dx: Array, dmask: _AllGradients | _SelectedGradients) -> Array:
             dmask.error(at, lanes, dx, *what)
             return dx
 
-        self._way(back)
+        self._append_backward(back)
 
     # -- parts ----------------------------------------------------------------------------------------------------------
 
-    def _nodes(self, at: Place, change: Array, lanes: Lanes, *, lasting: bool = False) -> tuple[Array, Back]:
+    def _nodes(self, at: KernelLocation, change: Array, lanes: Lanes, *, lasting: bool = False) -> tuple[Array, Back]:
         """Return masked nodes (lost after the sublayer unless lasting) and dy -> dpre; `change` holds values before AbsTopK."""
         shape = len(at.channel_n), change.shape[1]
         through, y = self.room.take(*shape), (self.room if lasting else self.brief).take(*shape)
         where, kept = (self.mask, lanes.places(at.size), at.first, at.channel_n), at.kept
         masked.nodes(change, kept, *where, at.mean_n, self.of.active, through, y, at.near)
 
-        def back(dy: Array, dmask: _Every | _Some) -> Array:
+        def back(dy: Array, dmask: _AllGradients | _SelectedGradients) -> Array:
             dmask.nodes(at, lanes, dy, change, through)
             return dy
 

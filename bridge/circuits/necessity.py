@@ -24,12 +24,12 @@ def backup_nodes(loss: CircuitLoss, kept_f: Tensor) -> Tensor:
     whole_f, allowed = loss.complement(kept_f), loss.config.left
 
     def left(order_k: Tensor, sizes: list[int]) -> list[float]:
-        return loss.left_by(torch.stack([kept_f.index_fill(0, order_k[:size], True) for size in sizes])).tolist()
+        return loss.left_after_deletion(torch.stack([kept_f.index_fill(0, order_k[:size], True) for size in sizes])).tolist()
 
     none_k = torch.zeros(0, dtype=torch.long, device=kept_f.device)
     if left(none_k, [0])[0] <= allowed:
         return none_k
-    score_f = integrated_gradients(loss.masked, lambda mask_rf: loss.gradient(mask_rf, loss.left), whole_f)
+    score_f = integrated_gradients(loss.masked, lambda mask_rf: loss.gradient(mask_rf, loss.fraction_left), whole_f)
     pool_k = whole_f.nonzero().flatten()
     order_k = pool_k[score_f[pool_k].argsort(descending=True, stable=True)]
     low, high = 0, len(order_k)  # low leaves more, high is assumed to suffice

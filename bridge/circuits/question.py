@@ -80,7 +80,7 @@ class Question:
         return None if bool(self.against_not_b[0]) else int(self.against_bk[0, 0])
 
     @property
-    def whole_rows(self) -> bool:
+    def is_unpadded(self) -> bool:
         """Whether every prompt ends at the last position."""
         return bool((self.last_b == self.prompt_bt.shape[1] - 1).all())
 
@@ -90,7 +90,7 @@ class Question:
         few["prompt_bt"] = few["prompt_bt"][:, : int(few["last_b"].max()) + 1]
         return replace(self, **few)
 
-    def in_turn(self, rows: int, row_r: Tensor | None = None) -> Tensor:
+    def rows_or_all(self, rows: int, row_r: Tensor | None = None) -> Tensor:
         """Return row_r; if it is None, the indices of all prompts in turn, repeated to this number of rows."""
         return torch.arange(rows, device=self.last_b.device) % len(self) if row_r is None else row_r
 
@@ -98,7 +98,7 @@ class Question:
         """Return d_r in nats of the logits after the prompts of row_r, by default of all prompts in turn."""
         sides = (self.answer_bk, self.answer_not_b), (self.against_bk, self.against_not_b)
         logits_rv = logits_rv if logits_rv.dtype == torch.float64 else logits_rv.float()
-        row_r = self.in_turn(len(logits_rv), row_r)
+        row_r = self.rows_or_all(len(logits_rv), row_r)
         over, under = (log_sum(logits_rv, id_bk[row_r], not_b[row_r]) for id_bk, not_b in sides)
         return over - under
 
@@ -115,6 +115,6 @@ def log_sum(logits_rv: Tensor, id_rk: Tensor, not_r: Tensor) -> Tensor:
     return torch.where(not_r, others_r, listed_r)
 
 
-def evenly(count: int, most: int) -> Tensor:
+def spread_indices(count: int, most: int) -> Tensor:
     """Return at most `most` of `count` indices, spread evenly, but not exactly every second one: these may share one answer."""
     return torch.linspace(0, count - 1, min(most, count)).round().long()

@@ -44,23 +44,26 @@ from bridge.circuits.masked_model import integrated_gradients
 from bridge.circuits.necessity import backup_nodes
 from bridge.display.progress import OnProgress, Phase, unseen
 
-_BETAS = 0.7, 0.95
-_TAU = -4.0, 1.0  # range of tau: the steps can bring any node above or below 0
-_SPREAD = 0.2  # difference in tau at the start between nodes whose ranks differ by a factor e
-_STARTS, _START_OFF = (50, 100, 200, 400, 800, 1600, 3200, 6400), 2.5  # nodes above 0 at first; times what the level allows
-_SIZE_WEIGHT, _SIZE_WEIGHTS = 2e-2, (1e-5, 1.0)  # lambda and its range; with Adam only its ratio to the gradients matters
-_RISE, _RISE_FAST, _FALL, _MET, _FAR_WITHIN = 1.25, 1.6, 0.7, 0.6, 0.3
-_RISE_SEVERAL, _FALL_SEVERAL, _MET_SEVERAL = 1.15, 0.87, 1.0  # if every step draws other prompts
-_STRICTER = 0.9  # factor on _MET_SEVERAL at each further attempt; a factor of .5 leaves three times the nodes
-_SMOOTH = 0.8  # weight of the running mean, if every step draws other prompts
-_ADDED = 1, 5, 25, 120  # numbers of nodes tried at a time
-_CANDIDATES = 20_000  # best-ranked nodes that a descent chooses from; those it chose were among the first 13,100
-_SWEPT = 20_000  # nodes: a larger circuit is not for reading, and not swept at its own level, since a sweep takes seconds
-_BACKUP = 60, 0.25  # most nodes added for necessity: this number, or this share of a larger circuit
+_ADAM_BETAS = 0.7, 0.95
+_TAU_RANGE = -4.0, 1.0  # range of tau: the steps can bring any node above or below 0
+_TAU_SPREAD = 0.2  # difference in tau at the start between nodes whose ranks differ by a factor e
+_START_SIZES = 50, 100, 200, 400, 800, 1600, 3200, 6400  # nodes above 0 at first
+_MAX_START_DISTANCE = 2.5  # times what the level allows
+_LAMBDA_START, _LAMBDA_RANGE = 2e-2, (1e-5, 1.0)  # lambda and its range; with Adam only its ratio to the gradients matters
+_LAMBDA_RISE, _LAMBDA_FAST_RISE, _LAMBDA_FALL, _TARGET_TERM, _FAST_RISE_TERM = 1.25, 1.6, 0.7, 0.6, 0.3
+_LAMBDA_RISE_SEVERAL, _LAMBDA_FALL_SEVERAL, _TARGET_TERM_SEVERAL = 1.15, 0.87, 1.0  # if every step draws other prompts
+_TARGET_FACTOR_PER_ATTEMPT = (
+    0.9  # factor on _TARGET_TERM_SEVERAL at each further attempt; a factor of .5 leaves three times the nodes
+)
+_TERM_SMOOTHING = 0.8  # weight of the running mean, if every step draws other prompts
+_ADDITION_SIZES = 1, 5, 25, 120  # numbers of nodes tried at a time
+_MAX_CANDIDATES = 20_000  # best-ranked nodes that a descent chooses from; those it chose were among the first 13,100
+_MAX_NODES_TO_SWEEP = 20_000  # a larger circuit is not for reading, and not swept at its own level: a sweep takes seconds
+_MAX_BACKUP_NODES = 60, 0.25  # most nodes added for necessity: this number, or this share of a larger circuit
 
 
 @dataclass(frozen=True, eq=False)
-class Nested:
+class NestedMasks:
     """Circuits found: level_f, the index of the first level that contains a node (the number of levels if none does).
 
     off is each circuit's distance for the bound of its level that it misses most, at most 1 within the level.
@@ -81,7 +84,7 @@ def find_nested(
     train: CircuitLoss | None = None,
     levels: Sequence[Level] | None = None,
     opened_f: Tensor | None = None,
-) -> Nested:
+) -> NestedMasks:
     """Find the nested circuits of a question, by the steps in the module's docstring; progress may raise to end the search.
 
     With several prompts, scores and descents use those of `train`; additions and deletions are judged on those of `loss`. levels
@@ -96,10 +99,10 @@ class _Search:
         self.loss, self.config, self.masked, self.train, self.progress = loss, loss.config, loss.masked, train, progress
         self.generator, self.draws = torch.Generator().manual_seed(self.config.seed + 17), np.random.default_rng(self.config.seed)
         # supersets, and for a task prompts, that additions do not see
-        self.others = self.train.seeded(self.config.seed + 1)
+        self.others = self.train.with_seed(self.config.seed + 1)
         self.nodes_f = loss.nodes_f
 
-    def run(self, opened_f: Tensor | None) -> Nested:
+    def run(self, opened_f: Tensor | None) -> NestedMasks:
         levels, opening = self.levels, self.opening
         none_f = torch.zeros_like(self.nodes_f)
         kept_f, score_f, circuits = none_f, self._scores(none_f), dict[int, Tensor]()
@@ -107,55 +110,57 @@ class _Search:
             circuits[opening] = kept_f = opened_f
         for place in range(opening + len(circuits), len(levels)):
             level = levels[place]
-            core_f = kept_f | self._errors(kept_f, level, self.config.room)
+            core_f = kept_f | self._needed_errors(kept_f, level, self.config.room)
             if place == opening:
-                kept_f = self._priced(core_f, self._by_descent(core_f, score_f, level), score_f, level)
+                kept_f = self._exchange_nodes_for_errors(core_f, self._search_by_descent(core_f, score_f, level), score_f, level)
             elif place == opening + 1:
-                kept_f, within = self._added(core_f, level)
-                kept_f = self._deleted(core_f, kept_f, level) if within else self._by_descent(core_f, score_f, level)
+                kept_f, within = self._add_nodes(core_f, level)
+                kept_f = (
+                    self._delete_in_sweeps(core_f, kept_f, level) if within else self._search_by_descent(core_f, score_f, level)
+                )
             else:
-                kept_f = self._minimised(core_f, self._scores(core_f).abs(), 1000, level)
+                kept_f = self._minimise_by_rank(core_f, self._scores(core_f).abs(), 1000, level)
             circuits[place] = kept_f
             self.progress(Phase(f"{level}: {int(kept_f.sum()):,} nodes"))
         kept_f = circuits[opening]
         for place in range(opening - 1, -1, -1):
-            circuits[place] = kept_f = self._swept(none_f, kept_f, levels[place], necessary=False)
+            circuits[place] = kept_f = self._sweep(none_f, kept_f, levels[place], necessary=False)
         kept_lf = torch.stack([circuits[place] for place in range(len(levels))])
-        off = tuple(self.loss.worst(kept_f, level) for kept_f, level in zip(kept_lf, levels, strict=True))
-        return Nested(levels, (~kept_lf).sum(0), off)
+        off = tuple(self.loss.worst_distance(kept_f, level) for kept_f, level in zip(kept_lf, levels, strict=True))
+        return NestedMasks(levels, (~kept_lf).sum(0), off)
 
     # -- 1, 2 -----------------------------------------------------------------------------------------------------------
 
-    def _priced(self, core_f: Tensor, kept_f: Tensor, score_f: Tensor, level: Level) -> Tensor:
+    def _exchange_nodes_for_errors(self, core_f: Tensor, kept_f: Tensor, score_f: Tensor, level: Level) -> Tensor:
         """Return the circuit; if it is large, the one with more errors if these spare at least their price in nodes."""
         if int(kept_f.sum()) <= self.config.error_price:
             return kept_f
-        more_f = core_f | self._errors(core_f, level, self.config.room / 3)
+        more_f = core_f | self._needed_errors(core_f, level, self.config.room / 3)
         extra = int((more_f & ~core_f).sum())
         if not extra:
             return kept_f
-        other_f = self._by_descent(more_f, score_f, level)
+        other_f = self._search_by_descent(more_f, score_f, level)
         return other_f if int(other_f.sum()) + extra * self.config.error_price <= int(kept_f.sum()) else kept_f
 
-    def _errors(self, kept_f: Tensor, level: Level, room: float) -> Tensor:
+    def _needed_errors(self, kept_f: Tensor, level: Level, room: float) -> Tensor:
         """Return the errors with which all nodes and kept_f are within the share `room` of what a level allows."""
         all_f, none_f = self.nodes_f | kept_f, torch.zeros_like(kept_f)
-        if self.masked.errors is None or float(self._off(all_f[None], level)) <= room:
+        if self.masked.errors is None or float(self._distances(all_f[None], level)) <= room:
             return none_f
         alpha_r1 = (torch.arange(4, device=all_f.device)[:, None] + 0.5) / 4
         mask_rf = torch.where(all_f, 1.0, alpha_r1.expand(-1, len(all_f)))
-        gradient_rf = self.loss.gradient(mask_rf, lambda x_rv, row_r: self.loss.bounded(x_rv, level, row_r).abs())
-        order_k = _falling(torch.where(all_f, 0, gradient_rf.sum(0)))
+        gradient_rf = self.loss.gradient(mask_rf, lambda x_rv, row_r: self.loss.relative_miss(x_rv, level, row_r).abs())
+        order_k = _most_negative(torch.where(all_f, 0, gradient_rf.sum(0)))
         powers = sorted({round(2 ** (i / 2)) for i in range(2 * len(order_k).bit_length() + 1)})
         sizes = [size for size in powers if size <= len(order_k)]
         if not sizes:
             return none_f
-        off_c = self._off(torch.stack([all_f.index_fill(0, order_k[:size], True) for size in sizes]), level)
+        off_c = self._distances(torch.stack([all_f.index_fill(0, order_k[:size], True) for size in sizes]), level)
         good = (off_c <= room).nonzero().flatten().tolist()
         return none_f.index_fill(0, order_k[: sizes[good[0] if good else int(off_c.argmin())]], True)
 
-    def _off(self, kept_cf: Tensor, level: Level) -> Tensor:
-        return self.loss.off(self.loss.logits(kept_cf), level)
+    def _distances(self, kept_cf: Tensor, level: Level) -> Tensor:
+        return self.loss.distance_alone(self.loss.logits(kept_cf), level)
 
     def _scores(self, kept_f: Tensor) -> Tensor:
         """Return integrated gradients of d for all nodes outside a circuit, which is kept."""
@@ -166,22 +171,22 @@ class _Search:
 
     # -- 3, 4, 5 --------------------------------------------------------------------------------------------------------
 
-    def _by_descent(self, core_f: Tensor, score_f: Tensor, level: Level) -> Tensor:
+    def _search_by_descent(self, core_f: Tensor, score_f: Tensor, level: Level) -> Tensor:
         """Return the core and few more nodes, within the level's bounds; at most all nodes."""
-        tau_f, size_weight, within, kept_f = score_f, _SIZE_WEIGHT, False, core_f
+        tau_f, size_weight, within, kept_f = score_f, _LAMBDA_START, False, core_f
         for attempt in range(self.config.attempts):
-            tau_f, size_weight = self._descended(core_f, score_f, level, attempt, tau_f, size_weight)
-            kept_f, within = self._added(core_f | (tau_f > 0), level)
+            tau_f, size_weight = self._descend(core_f, score_f, level, attempt, tau_f, size_weight)
+            kept_f, within = self._add_nodes(core_f | (tau_f > 0), level)
             if within:
                 break
         if within:
-            tau_f = torch.where(tau_f > 0, tau_f, _TAU[1] + 1)  # added nodes rank first
-            kept_f = self._minimised(core_f, tau_f, int((kept_f & ~core_f).sum()), level, kept_f)
+            tau_f = torch.where(tau_f > 0, tau_f, _TAU_RANGE[1] + 1)  # added nodes rank first
+            kept_f = self._minimise_by_rank(core_f, tau_f, int((kept_f & ~core_f).sum()), level, kept_f)
         else:
-            kept_f = self._minimised(kept_f, self._scores(kept_f).abs(), 2 * int(kept_f.sum()), level)
-        return self._necessary(core_f, self._deleted(core_f, kept_f, level), level)
+            kept_f = self._minimise_by_rank(kept_f, self._scores(kept_f).abs(), 2 * int(kept_f.sum()), level)
+        return self._add_backup_nodes(core_f, self._delete_in_sweeps(core_f, kept_f, level), level)
 
-    def _descended(
+    def _descend(
         self, core_f: Tensor, score_f: Tensor, level: Level, attempt: int, tau_f: Tensor, size_weight: float
     ) -> tuple[Tensor, float]:
         """Return tau_f (-inf if no candidate) and lambda after a descent that starts from the best nodes that nearly suffice.
@@ -191,15 +196,15 @@ class _Search:
         """
         count, steps = self.config.supersets, self.config.steps
         size_f = torch.where(self.nodes_f & ~core_f, score_f.abs(), 0)
-        node_k = size_f.topk(min(_CANDIDATES, int(size_f.count_nonzero()))).indices
+        node_k = size_f.topk(min(_MAX_CANDIDATES, int(size_f.count_nonzero()))).indices
         several = len(self.train.model_b) > 1
-        met = _MET_SEVERAL * _STRICTER**attempt if several else _MET
+        met = _TARGET_TERM_SEVERAL * _TARGET_FACTOR_PER_ATTEMPT**attempt if several else _TARGET_TERM
         if several and attempt > 0:
             tau_k, steps = tau_f[node_k], steps // 2
         else:
-            start = min(4**attempt * self._start(core_f, node_k, level), len(node_k))
+            start = min(4**attempt * self._start_size(core_f, node_k, level), len(node_k))
             rank_k = torch.arange(len(node_k), device=node_k.device)
-            tau_k, size_weight = (_SPREAD * ((start + 1) / (rank_k + 1)).log()).clamp(*_TAU), _SIZE_WEIGHT
+            tau_k, size_weight = (_TAU_SPREAD * ((start + 1) / (rank_k + 1)).log()).clamp(*_TAU_RANGE), _LAMBDA_START
         mean_k, square_k, off = torch.zeros_like(tau_k), torch.zeros_like(tau_k), 0.0
         prompts, zero_1 = min(self.config.prompts, len(self.train.model_b)), torch.zeros(1, dtype=torch.long)
         kept_rpf = core_f.repeat(2 + count, prompts, 1)
@@ -214,7 +219,10 @@ class _Search:
             kept_rpf[0], kept_rpf[1 : 1 + count] = inside_f, inside_f | superset_upf
             kept_rpf[-1] = self.loss.complement(inside_f)
             gradient_rk, term_r = self.train.masked.gradient(
-                kept_rpf.flatten(0, 1), partial(self.train.terms, level=level, row_p=row_p), row_p.repeat(len(kept_rpf)), node_k
+                kept_rpf.flatten(0, 1),
+                partial(self.train.descent_terms, level=level, row_p=row_p),
+                row_p.repeat(len(kept_rpf)),
+                node_k,
             )
             gradient_rpk, term_rp = gradient_rk.unflatten(0, (-1, prompts)), term_r.view(-1, prompts)
             # if a superset contains a node, the node's own mask changes nothing
@@ -222,47 +230,49 @@ class _Search:
             # a node that is kept is missing from the complement, hence the minus
             gradient_k = (gradient_rpk[0].mean(0) + in_supersets_upk.mean((0, 1)) - gradient_rpk[-1].mean(0)) / 2
             now = max(float(term_rp[0].mean()), float(term_rp[1 : 1 + count].mean()))
-            off = now if step == 0 or not several else _SMOOTH * off + (1 - _SMOOTH) * now
+            off = now if step == 0 or not several else _TERM_SMOOTHING * off + (1 - _TERM_SMOOTHING) * now
             if several:
-                size_weight *= _RISE_SEVERAL if off < met else _FALL_SEVERAL
+                size_weight *= _LAMBDA_RISE_SEVERAL if off < met else _LAMBDA_FALL_SEVERAL
             else:
-                size_weight *= _RISE_FAST if off < _FAR_WITHIN else _RISE if off < met else _FALL
-            size_weight = min(max(size_weight, _SIZE_WEIGHTS[0]), _SIZE_WEIGHTS[1])
+                size_weight *= _LAMBDA_FAST_RISE if off < _FAST_RISE_TERM else _LAMBDA_RISE if off < met else _LAMBDA_FALL
+            size_weight = min(max(size_weight, _LAMBDA_RANGE[0]), _LAMBDA_RANGE[1])
             sigmoid_k = torch.sigmoid(2 * tau_k)
             gradient_k = gradient_k * 4 * sigmoid_k * (1 - sigmoid_k) + size_weight
-            mean_k = _BETAS[0] * mean_k + (1 - _BETAS[0]) * gradient_k
-            square_k = _BETAS[1] * square_k + (1 - _BETAS[1]) * gradient_k.square()
-            deviation_k = (square_k / (1 - _BETAS[1] ** (step + 1))).sqrt() + 1e-8
+            mean_k = _ADAM_BETAS[0] * mean_k + (1 - _ADAM_BETAS[0]) * gradient_k
+            square_k = _ADAM_BETAS[1] * square_k + (1 - _ADAM_BETAS[1]) * gradient_k.square()
+            deviation_k = (square_k / (1 - _ADAM_BETAS[1] ** (step + 1))).sqrt() + 1e-8
             rate = self.config.rate * (1 - step / steps)
-            tau_k = (tau_k - rate * mean_k / (1 - _BETAS[0] ** (step + 1)) / deviation_k).clamp(*_TAU)
+            tau_k = (tau_k - rate * mean_k / (1 - _ADAM_BETAS[0] ** (step + 1)) / deviation_k).clamp(*_TAU_RANGE)
         self.progress(Phase(f"{level}: descent, {int((tau_k > 0).sum()):,} nodes"))
         tau_f = torch.full(core_f.shape, -torch.inf, device=tau_k.device)
         return tau_f.index_copy_(0, node_k, tau_k), size_weight
 
-    def _start(self, core_f: Tensor, node_k: Tensor, level: Level) -> int:
+    def _start_size(self, core_f: Tensor, node_k: Tensor, level: Level) -> int:
         """Return how many of the best-ranked nodes get the answer about right."""
-        sizes = [size for size in _STARTS if size < len(node_k)] or [len(node_k)]
-        off_c = self._off(torch.stack([core_f.index_fill(0, node_k[:size], True) for size in sizes]), level)
-        good = (off_c <= _START_OFF).nonzero().flatten().tolist()
+        sizes = [size for size in _START_SIZES if size < len(node_k)] or [len(node_k)]
+        off_c = self._distances(torch.stack([core_f.index_fill(0, node_k[:size], True) for size in sizes]), level)
+        good = (off_c <= _MAX_START_DISTANCE).nonzero().flatten().tolist()
         return sizes[good[0] if good else -1]
 
-    def _added(self, kept_f: Tensor, level: Level) -> tuple[Tensor, bool]:
+    def _add_nodes(self, kept_f: Tensor, level: Level) -> tuple[Tensor, bool]:
         """Add the nodes whose gradients bring the circuit nearest to the level's bounds; return it and whether it is within."""
         absent_uf = ~self.loss.superset_uf
         bound_f = self.loss.superset_bound(level) * absent_uf.sum(0).clamp(min=1)
-        (off,), (terms,) = self.loss.measured(kept_f[None], level)
+        (off,), (terms,) = self.loss.distances_and_terms(kept_f[None], level)
         for _ in range(self.config.rounds):
             if off <= 1:
                 break
             rows_rf = torch.cat([kept_f[None], kept_f | self.loss.superset_uf])
-            gradient_rf = self.loss.gradient(rows_rf, lambda x_rv, row_r: self.loss.squared(x_rv, row_r, level))
+            gradient_rf = self.loss.gradient(rows_rf, lambda x_rv, row_r: self.loss.prompt_penalty(x_rv, row_r, level))
             in_supersets_f = gradient_rf[1:].mul_(absent_uf).sum(0).div_(bound_f)
-            order_k = _falling(torch.where(self.nodes_f & ~kept_f, gradient_rf[0] + in_supersets_f, 0), max(_ADDED))
-            sizes = [size for size in _ADDED if size <= len(order_k)]
+            order_k = _most_negative(
+                torch.where(self.nodes_f & ~kept_f, gradient_rf[0] + in_supersets_f, 0), max(_ADDITION_SIZES)
+            )
+            sizes = [size for size in _ADDITION_SIZES if size <= len(order_k)]
             if not sizes:
                 break
             tried_cf = torch.stack([kept_f.index_fill(0, order_k[:size], True) for size in sizes])
-            offs, all_terms = self.loss.measured(tried_cf, level)
+            offs, all_terms = self.loss.distances_and_terms(tried_cf, level)
             # the fewest that are within, otherwise those with the smallest terms
             best = next(
                 (place for place, each in enumerate(offs) if each <= 1), min(range(len(sizes)), key=all_terms.__getitem__)
@@ -272,18 +282,18 @@ class _Search:
             kept_f, off, terms = tried_cf[best], offs[best], all_terms[best]
         return kept_f, off <= 1
 
-    def _deleted(self, core_f: Tensor, kept_f: Tensor, level: Level) -> Tensor:
+    def _delete_in_sweeps(self, core_f: Tensor, kept_f: Tensor, level: Level) -> Tensor:
         """Delete nodes outside the core, those that are missed least, in several sweeps."""
         for _ in range(self.config.sweeps):
             before = int(kept_f.sum())
-            if before > _SWEPT:
+            if before > _MAX_NODES_TO_SWEEP:
                 break
-            kept_f = self._swept(core_f, kept_f, level)
+            kept_f = self._sweep(core_f, kept_f, level)
             if int(kept_f.sum()) > 0.97 * before:
                 break
         return kept_f
 
-    def _swept(self, core_f: Tensor, kept_f: Tensor, level: Level, *, necessary: bool = True) -> Tensor:
+    def _sweep(self, core_f: Tensor, kept_f: Tensor, level: Level, *, necessary: bool = True) -> Tensor:
         """Delete as many nodes outside the core as the bounds allow, those that are missed least first.
 
         In the supersets, and for a task on the prompts, that additions do not see, the circuit may not be further off than now or
@@ -291,34 +301,39 @@ class _Search:
         """
         loss, others = self.loss, self.others
         node_k = (kept_f & ~core_f).nonzero().flatten()
-        off, left = max(1.0, others.worst(kept_f, level)), max(self.config.left, float(loss.left_by(kept_f[None])))
+        off, left = (
+            max(1.0, others.worst_distance(kept_f, level)),
+            max(self.config.left, float(loss.left_after_deletion(kept_f[None]))),
+        )
 
         def within(fewer_f: Tensor) -> bool:
-            if necessary and float(loss.left_by(fewer_f[None])) > left:
+            if necessary and float(loss.left_after_deletion(fewer_f[None])) > left:
                 return False
-            return loss.within(fewer_f, level) and others.worst(fewer_f, level) <= off
+            return loss.meets_bounds(fewer_f, level) and others.worst_distance(fewer_f, level) <= off
 
         order_k = deletion_order(loss, torch.cat([loss.superset_uf, others.superset_uf]), kept_f, node_k, level).flip(0)
-        return self._first_within(core_f, order_k, int(0.9 * len(order_k)), within)
+        return self._smallest_within(core_f, order_k, int(0.9 * len(order_k)), within)
 
-    def _necessary(self, core_f: Tensor, kept_f: Tensor, level: Level) -> Tensor:
+    def _add_backup_nodes(self, core_f: Tensor, kept_f: Tensor, level: Level) -> Tensor:
         """Add the nodes that keep up the answer when the circuit is ablated, if few and within the bounds; then sweep again."""
         backup_k = backup_nodes(self.loss, kept_f)
-        if not 0 < len(backup_k) <= max(_BACKUP[0], _BACKUP[1] * int(kept_f.sum())):
+        if not 0 < len(backup_k) <= max(_MAX_BACKUP_NODES[0], _MAX_BACKUP_NODES[1] * int(kept_f.sum())):
             return kept_f
         with_backup_f = kept_f.index_fill(0, backup_k, True)
-        if not self.loss.within(with_backup_f, level):
+        if not self.loss.meets_bounds(with_backup_f, level):
             return kept_f
-        return self._swept(core_f, with_backup_f, level)
+        return self._sweep(core_f, with_backup_f, level)
 
-    def _minimised(self, core_f: Tensor, order_f: Tensor, guess: int, level: Level, within_f: Tensor | None = None) -> Tensor:
+    def _minimise_by_rank(
+        self, core_f: Tensor, order_f: Tensor, guess: int, level: Level, within_f: Tensor | None = None
+    ) -> Tensor:
         """Return the core and the fewest others found to be within the level, largest order_f first; at most all of them."""
         others_f = (self.nodes_f if within_f is None else within_f) & ~core_f
         place_k = others_f.nonzero().flatten()
         order_k = place_k[order_f[place_k].argsort(descending=True, stable=True)]
-        return self._first_within(core_f, order_k, guess, lambda kept_f: self.loss.within(kept_f, level))
+        return self._smallest_within(core_f, order_k, guess, lambda kept_f: self.loss.meets_bounds(kept_f, level))
 
-    def _first_within(self, core_f: Tensor, order_k: Tensor, guess: int, within: Callable[[Tensor], bool]) -> Tensor:
+    def _smallest_within(self, core_f: Tensor, order_k: Tensor, guess: int, within: Callable[[Tensor], bool]) -> Tensor:
         """Return the core and the fewest nodes, from the front of order_k, that are found to be within bounds; at most all."""
         low, high = -1, len(order_k)  # low is outside the bounds, high is assumed to be within
         size, factor = min(max(1, guess), high - 1), 1.6
@@ -337,7 +352,7 @@ class _Search:
         return core_f.index_fill(0, order_k[:high], True)
 
 
-def _falling(gradient_f: Tensor, most: int | None = None) -> Tensor:
+def _most_negative(gradient_f: Tensor, most: int | None = None) -> Tensor:
     """Return the indices where a gradient is below 0, the lowest first; all of them, or at most `most`."""
     place_k = (gradient_f < 0).nonzero().flatten()
     if most is not None and len(place_k) > most:

@@ -36,7 +36,7 @@ class Matrix:
     source_i: Tensor
     target_j: Tensor
 
-    def inside(self, kept: Mapping[Location, Tensor]) -> Tensor:
+    def edges_between(self, kept: Mapping[Location, Tensor]) -> Tensor:
         """Return the mask of the entries_ji that are edges between nodes of the masks kept_1n."""
         source_i, target_j = kept[self.source][0][self.source_i], kept[self.target][0][self.target_j]
         return (self.weight_ji != 0) & target_j[:, None] & source_i
@@ -91,7 +91,7 @@ def masked_gate(subject: SparseSubject, kept_f: Tensor) -> Gate:
 
 
 @torch.no_grad()
-def switched_on(subject: SparseSubject, pairs: TokenPairs) -> Tensor:
+def active_nodes(subject: SparseSubject, pairs: TokenPairs) -> Tensor:
     """Return the mask_f of nodes that are not 0 on some prompt, at any of its tokens."""
     values: dict[Location, Tensor] = {}
     subject.logits(pairs, recording_gate(values))
@@ -102,10 +102,10 @@ def switched_on(subject: SparseSubject, pairs: TokenPairs) -> Tensor:
 def edge_count(subject: Subject, kept_f: Tensor) -> int:
     """Return the number of nonzero weights between kept nodes."""
     kept = subject.space.split(kept_f)
-    return sum(int(matrix.inside(kept).sum()) for matrix in subject.matrices())
+    return sum(int(matrix.edges_between(kept).sum()) for matrix in subject.matrices())
 
 
-def in_order(pairs: TokenPairs) -> TokenPairs:
+def sort_pairs(pairs: TokenPairs) -> TokenPairs:
     """Return the pairs sorted by their tokens, so that nothing depends on the order in which they came."""
     rows = zip(
         *(x.tolist() for x in (pairs.last_b, pairs.prompt_bt, pairs.counterfactual_bt, pairs.answer_bk, pairs.wrong_bk)),

@@ -22,12 +22,12 @@ import torch
 from torch import Tensor
 
 from bridge.circuits.dense_nodes import DenseSubject, MaskedDense
-from bridge.circuits.error_nodes import follow
+from bridge.circuits.error_nodes import follow_dense
 from bridge.circuits.loss import CircuitLoss, Level, SearchConfig
 from bridge.circuits.masked_model import Masked, MaskedModel
-from bridge.circuits.question import Question, evenly
-from bridge.circuits.search import Nested, find_nested
-from bridge.circuits.subject import in_order
+from bridge.circuits.question import Question, spread_indices
+from bridge.circuits.search import NestedMasks, find_nested
+from bridge.circuits.subject import sort_pairs
 from bridge.data.task_tokens import Resolved, TokenPairs
 from bridge.display.progress import OnProgress, unseen
 from bridge.errors import UserError
@@ -55,13 +55,13 @@ class TaskLosses:
     validation: CircuitLoss
     test: CircuitLoss
 
-    def opened(self, progress: OnProgress = unseen, seed: int | None = None) -> Nested:
+    def find_opening_circuit(self, progress: OnProgress = unseen, seed: int | None = None) -> NestedMasks:
         """Find the circuit at the opening level alone, with the seed given, by default the config's."""
         seed = self.validation.config.seed if seed is None else seed
-        train, validation = (one.seeded(seed) for one in (self.train, self.validation))
+        train, validation = (one.with_seed(seed) for one in (self.train, self.validation))
         return find_nested(validation, progress, train, (Level(validation.config.opens_at),))
 
-    def nested(self, progress: OnProgress = unseen, opened_f: Tensor | None = None) -> Nested:
+    def find_nested_circuits(self, progress: OnProgress = unseen, opened_f: Tensor | None = None) -> NestedMasks:
         """Find the nested circuits, around the opening one if it is given; without the full distribution."""
         return find_nested(self.validation, progress, self.train, self.validation.config.nested()[:-1], opened_f)
 
@@ -72,18 +72,18 @@ def task_loss(
     """Return the loss of circuits on some prompts against the dense model's answers; if not `dense`, the sparse model's own."""
     question = Question.of_pairs(pairs.to(coupling.sparse.device))
     if not dense:
-        return _own(MaskedModel(coupling.sparse, question, means, by_position=False), config)
-    followed = follow(coupling, question.prompt_bt, question.last_b)
+        return _loss_on_own_answers(MaskedModel(coupling.sparse, question, means, by_position=False), config)
+    followed = follow_dense(coupling, question.prompt_bt, question.last_b)
     masked = MaskedModel(coupling.sparse, question, means, followed.errors, by_position=False)
     return CircuitLoss(masked, followed.dense_bv, config)
 
 
 def dense_loss(subject: DenseSubject, pairs: TokenPairs, config: SearchConfig) -> CircuitLoss:
     """Return the loss of circuits of the dense model's own nodes against its answers on some prompts."""
-    return _own(MaskedDense(subject, Question.of_pairs(pairs.to(subject.device))), config)
+    return _loss_on_own_answers(MaskedDense(subject, Question.of_pairs(pairs.to(subject.device))), config)
 
 
-def _own(masked: Masked, config: SearchConfig) -> CircuitLoss:
+def _loss_on_own_answers(masked: Masked, config: SearchConfig) -> CircuitLoss:
     every_bf = torch.ones(len(masked.question), masked.space.size, dtype=torch.bool, device=masked.device)
     return CircuitLoss(masked, masked.logits(every_bf), config)
 
@@ -93,8 +93,8 @@ def task_losses(task: Resolved, loss_on: Callable[[TokenPairs], CircuitLoss]) ->
 
     Raises NoCircuitError if the answers differ too little from those with every node at its mean.
     """
-    shares = divided(task.splits["train"], task.splits["validation"])
-    losses = TaskLosses(*map(loss_on, (*shares, measured_prompts(task))))
+    shares = split_prompts(task.splits["train"], task.splits["validation"])
+    losses = TaskLosses(*map(loss_on, (*shares, test_prompts(task))))
     if (span := losses.validation.span) < (least := losses.validation.config.least_span):
         raise NoCircuitError(
             f"on {task.task} right and wrong answers",
@@ -122,38 +122,40 @@ def with_all_splits(task: Resolved) -> Resolved:
     return replace(task, splits=splits)
 
 
-def measured_prompts(task: Resolved) -> TokenPairs:
+def test_prompts(task: Resolved) -> TokenPairs:
     """Return the prompts of the test split on which a circuit is measured."""
-    return spread(task.splits["test"], TEST)
+    return select_prompts(task.splits["test"], TEST)
 
 
-def divided(train: TokenPairs, validation: TokenPairs) -> tuple[TokenPairs, TokenPairs]:
+def split_prompts(train: TokenPairs, validation: TokenPairs) -> tuple[TokenPairs, TokenPairs]:
     """Return the train prompts and, from other pairs, the validation prompts; either has as many from both splits.
 
     Both splits are used because what was learnt from the templates of one split did not hold on the other's.
     """
-    parts = [_apart(split) for split in (train, validation)]
+    parts = [_split_pairs(split) for split in (train, validation)]
     most = zip(zip(*parts, strict=True), (TRAIN, VALIDATION), strict=True)
-    learnt, judged = (spread(one, count // 2).and_those(spread(other, count // 2)) for (one, other), count in most)
+    learnt, judged = (
+        select_prompts(one, count // 2).and_those(select_prompts(other, count // 2)) for (one, other), count in most
+    )
     return learnt, judged
 
 
-def _apart(pairs: TokenPairs) -> tuple[TokenPairs, TokenPairs]:
+def _split_pairs(pairs: TokenPairs) -> tuple[TokenPairs, TokenPairs]:
     """Return pairs to learn from and other pairs, both spread evenly; the same pair if there is only one."""
-    ordered = in_order(pairs)
-    validation_b = evenly(len(ordered), min(VALIDATION // 2, (len(ordered) + 1) // 2))
+    ordered = sort_pairs(pairs)
+    validation_b = spread_indices(len(ordered), min(VALIDATION // 2, (len(ordered) + 1) // 2))
     rest_b = torch.arange(len(ordered))[~torch.isin(torch.arange(len(ordered)), validation_b)]
     device = ordered.last_b.device
     return ordered.rows((rest_b if len(rest_b) else validation_b).to(device)), ordered.rows(validation_b.to(device))
 
 
-def spread(pairs: TokenPairs, most: int) -> TokenPairs:
+def select_prompts(pairs: TokenPairs, most: int) -> TokenPairs:
     """Return at most `most` prompts: one member of each of some pairs, spread evenly, the second member for every second pair.
 
     If there are fewer than `most` pairs, both members of each are taken, from at most most // 2 pairs.
     """
     count = len(pairs)
-    row_b = evenly(count, most if count >= most else most // 2)
+    row_b = spread_indices(count, most if count >= most else most // 2)
     place_b = torch.arange(len(row_b))
     chosen_b = torch.where(place_b % 2 == 0, row_b, row_b + count) if count >= most else torch.cat([row_b, row_b + count])
-    return in_order(pairs).both().rows(chosen_b.to(pairs.last_b.device))
+    return sort_pairs(pairs).both().rows(chosen_b.to(pairs.last_b.device))

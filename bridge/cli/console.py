@@ -36,12 +36,12 @@ Revision = Annotated[str | None, typer.Option(help="Revision of the model on the
 Device = Annotated[str, typer.Option(help="Device: auto, cpu or cuda.")]
 
 
-def seed_of(what: str) -> Any:
+def seed_option(what: str) -> Any:
     """The option --seed of a command, with `what` as its help."""
     return typer.Option(help=what, min=0, max=MOST_SEED)
 
 
-class Several(TyperCommand):
+class RepeatedOptionsCommand(TyperCommand):
     """A command that reads `--l0 .1 .2 --tasks a b` as `--l0 .1 --l0 .2 --tasks a --tasks b`."""
 
     numbers, words = ("--l0", "--width"), ("--tasks", "--load")
@@ -74,24 +74,28 @@ class Commands(TyperGroup):
         try:
             return super().invoke(ctx)
         except (UserError, RunError) as error:
-            refuse(error.line(flag), 2 if isinstance(error, UserError) else 1)
+            exit_with_error(error.line(option_name), 2 if isinstance(error, UserError) else 1)
         except OneLineError as stopped:  # the only other kind is FitStopped
-            refuse(f"{stopped.what}; run the same command to continue", 130)
+            exit_with_error(f"{stopped.what}; run the same command to continue", 130)
         except BrokenPipeError:  # the reader of the output, such as `head`, has closed the pipe
             _print_to_nobody()
             raise typer.Exit(141) from None
         except OSError as error:
             if not error.filename:
-                refuse(f"could not read or write ({error.strerror or error}); free space, or redirect the output elsewhere", 2)
-            refuse(f"could not read or write {str(error.filename)!r} ({error.strerror}); free space or name another place", 2)
+                exit_with_error(
+                    f"could not read or write ({error.strerror or error}); free space, or redirect the output elsewhere", 2
+                )
+            exit_with_error(
+                f"could not read or write {str(error.filename)!r} ({error.strerror}); free space or name another place", 2
+            )
 
 
-def flag(name: str) -> str:
+def option_name(name: str) -> str:
     """The command-line option that sets a parameter of the library."""
     return "--set" if name == "settings" else f"--{name.replace('_', '-')}"
 
 
-def refuse(message: str, code: int) -> NoReturn:
+def exit_with_error(message: str, code: int) -> NoReturn:
     """Print one line on standard error and exit."""
     if sys.stderr.isatty():
         print(file=sys.stderr)
@@ -195,14 +199,14 @@ def chosen_model(model: str | None, gguf: str | None, default: str | None = None
     return named_gguf(model or default, gguf) if gguf is not None else model or default
 
 
-def opened_coupling(bridge: str | Path | None, dense: str | None, device: str) -> CoupledModels:
+def open_coupling(bridge: str | Path | None, dense: str | None, device: str) -> CoupledModels:
     """The coupling that --bridge names (default the one that ships), loaded with its dense model, from --dense if given."""
     from bridge.models.bridges import CoupledModels
 
-    return CoupledModels.from_pretrained(chosen_coupling(bridge), dense=dense, device=choose_device(device))
+    return CoupledModels.from_pretrained(choose_coupling(bridge), dense=dense, device=choose_device(device))
 
 
-def chosen_coupling(bridge: str | Path | None) -> str | Path:
+def choose_coupling(bridge: str | Path | None) -> str | Path:
     """The name of the coupling: --bridge, or by default the one that ships. Raises CheckpointError if the name is empty."""
     if bridge is None:
         return shipped_coupling()
@@ -239,7 +243,7 @@ def sample_prompt(example: Example | None, taken: int) -> str:
     return f"{prompt if len(prompt) <= room else f'...{prompt[3 - room :]}'} -> {answer}"
 
 
-class Line:
+class ProgressLine:
     """A line of progress: rewritten on a terminal; elsewhere a new line at most every `seconds` seconds."""
 
     def __init__(self, stream: TextIO, seconds: float, *, first: bool = False) -> None:
@@ -261,7 +265,7 @@ class Line:
             print("\r\033[K", end="", file=self.stream, flush=True)
 
 
-class Phases(Line):
+class SearchProgress(ProgressLine):
     """Progress of a search on standard error, with a bar if the total amount of work is known."""
 
     def __init__(self) -> None:
@@ -305,7 +309,7 @@ def print_run(run: Run, needed: int, seconds: float) -> None:
         print("        the memory may be too small; lower --width or --set data.rows=...", flush=True)
 
 
-class Watcher(Line):
+class FitProgress(ProgressLine):
     """Progress of a fit on standard output; if that is not a terminal, every 30 seconds."""
 
     def __init__(self, *, quiet: bool) -> None:
@@ -331,17 +335,17 @@ def train_to_end(run: Run, folder: Path, stretch: float | None, then: str) -> No
     main = run.accelerator.is_main_process
     if main:
         print_run(run, memory_needed(run.coupling.dense, run.coupling.recipe), seconds_a_step(run))
-    watch = Watcher(quiet=not main)
+    watch = FitProgress(quiet=not main)
     started = time.monotonic()
     try:
         for progress in train(run, stretch_minutes=stretch):
             watch(progress)
     except FitStopped as stopped:
         watch.end()
-        print(f"bridge: {stopped.line(flag)}", file=sys.stderr)
+        print(f"bridge: {stopped.line(option_name)}", file=sys.stderr)
         raise typer.Exit(0 if stopped.planned else 130) from None
     watch.end()
-    refitting = Phases()
+    refitting = SearchProgress()
     finish(run, refitting if main else lambda _: None)
     refitting.clear()
     if main:
@@ -361,7 +365,7 @@ def progress_line(progress: Progress) -> str:
     )
 
 
-def _share(l0: float) -> str:
+def _format_l0(l0: float) -> str:
     return f"{l0:.4f} (1/{1 / max(l0, 1e-9):.1f})"
 
 
@@ -380,7 +384,7 @@ def evaluation_table(result: Evaluation) -> str:
             f"{row.ce_in:7.3f} {row.ce_out:8.3f} {row.ce_mean:8.3f}"
         )
     dead = result.dead_neurons / result.neurons if result.neurons else 0.0
-    ends = f"embeddings {_share(result.l0_embed)}"  # a span of blocks has none
+    ends = f"embeddings {_format_l0(result.l0_embed)}"  # a span of blocks has none
     facts: list[tuple[str, Any]] = [
         ("cross-entropy", f"dense {result.ce_dense:.3f}, sparse {result.ce_sparse:.3f}"),
         ("KL of sparse to dense", f"{result.kl_sparse:.3f}"),
@@ -390,7 +394,10 @@ def evaluation_table(result: Evaluation) -> str:
             "top-1 agreement with dense",
             f"sparse {result.top1_sparse:.3f}, hybrids in {result.top1_in:.3f}, out {result.top1_out:.3f}",
         ),
-        ("nonzero weights", _share(result.l0) + (f"; blocks {_share(result.l0_blocks)}, {ends}" if result.l0_embed else "")),
+        (
+            "nonzero weights",
+            _format_l0(result.l0) + (f"; blocks {_format_l0(result.l0_blocks)}, {ends}" if result.l0_embed else ""),
+        ),
         ("dead neurons", f"{result.dead_neurons} of {result.neurons} ({dead:.1%})"),
     ]
     lines += ["", *(f"{name:<27} {value}" for name, value in facts)]

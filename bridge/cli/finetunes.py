@@ -8,13 +8,13 @@ from typing import Annotated, Any
 import typer
 
 from bridge.cli import console
-from bridge.cli.console import Dense, Device, Phases, seed_of
+from bridge.cli.console import Dense, Device, SearchProgress, seed_option
 from bridge.recipe import parse_setting
 
-of_finetunes = typer.Typer()
+finetune_commands = typer.Typer()
 
 
-@of_finetunes.command()
+@finetune_commands.command()
 def adapt(
     coupling: Annotated[str, typer.Argument(help="A coupling of the base model: a folder that `bridge fit` wrote, or a hub id.")],
     adapter: Annotated[str | None, typer.Option(help="Folder of a PEFT (LoRA) adapter of the base model.")] = None,
@@ -26,7 +26,7 @@ def adapt(
     out: Annotated[Path | None, typer.Option(help="Folder to write; default runs/NAME of the fine-tune.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue the run in --out, if there is one.")] = False,
     stretch: Annotated[float | None, typer.Option(help="Stop after this many minutes; --resume continues.")] = None,
-    seed: Annotated[int | None, seed_of("Seed of the order of text and of sampled sites; default the base's.")] = None,
+    seed: Annotated[int | None, seed_option("Seed of the order of text and of sampled sites; default the base's.")] = None,
     dense: Dense = None,
     device: Device = "auto",
     dtype: Annotated[str, typer.Option(help="Precision: float32, or bfloat16 products of float32 weights.")] = "float32",
@@ -36,7 +36,7 @@ def adapt(
 
     settings: dict[str, Any] = dict(parse_setting(text) for text in set_ or [])
     folder = out or Path("runs") / Path(adapter or model or coupling).name
-    base, reading = console.opened_coupling(coupling, dense, device), Phases()
+    base, reading = console.open_coupling(coupling, dense, device), SearchProgress()
     run = prepare_adapted(
         base, adapter=adapter, model=model, data=data, tokens=tokens, minutes=minutes, settings=settings, out=folder,
         resume=resume, seed=seed, device=device, dtype=dtype, progress=reading,
@@ -45,7 +45,7 @@ def adapt(
     console.train_to_end(run, folder, stretch, f"bridge eval {folder}; bridge diff {coupling} {folder} --prompt '...'")
 
 
-@of_finetunes.command()
+@finetune_commands.command()
 def diff(
     base: Annotated[str, typer.Argument(help="The coupling of the base model: folder or hub id.")],
     tuned: Annotated[str, typer.Argument(help="The coupling that `bridge adapt` wrote for the fine-tuned model.")],
@@ -54,7 +54,7 @@ def diff(
     target: Annotated[str | None, typer.Option(help="Token to explain, by text or #id; default the fine-tune's answer.")] = None,
     contrast: Annotated[str | None, typer.Option(help="Explain the target against this token; default all others.")] = None,
     json: Annotated[Path | None, typer.Option(help="Also write the whole comparison as JSON.")] = None,
-    seed: Annotated[int, seed_of("Seed of the controls.")] = 0,
+    seed: Annotated[int, seed_option("Seed of the controls.")] = 0,
     dense: Dense = None,
     tuned_dense: Annotated[str | None, typer.Option(help="Where the fine-tuned model is, if it has moved.")] = None,
     device: Device = "auto",
@@ -67,8 +67,8 @@ def diff(
 
     console.check_outputs(json=json, read=[prompts])
     texts = [*(prompt or []), *(read_prompts(prompts) if prompts is not None else [])]
-    couplings = console.opened_coupling(base, dense, device), console.opened_coupling(tuned, tuned_dense, device)
-    watch = Phases()
+    couplings = console.open_coupling(base, dense, device), console.open_coupling(tuned, tuned_dense, device)
+    watch = SearchProgress()
     found = diff_couplings(*couplings, texts, target=target, contrast=contrast, seed=seed, progress=watch)
     watch.clear()
     if json is not None:

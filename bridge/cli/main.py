@@ -14,9 +14,9 @@ from typing import Annotated, NoReturn
 import typer
 
 from bridge.cli import console
-from bridge.cli.console import Adapter, Commands, Dense, Device, Gguf, Phases, Revision, seed_of
-from bridge.cli.finetunes import of_finetunes
-from bridge.cli.tasks import of_tasks
+from bridge.cli.console import Adapter, Commands, Dense, Device, Gguf, Revision, SearchProgress, seed_option
+from bridge.cli.finetunes import finetune_commands
+from bridge.cli.tasks import task_commands
 from bridge.errors import UserError
 from bridge.recipe import RecipeError, parse_setting, recipe_values
 
@@ -27,8 +27,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-app.add_typer(of_tasks)
-app.add_typer(of_finetunes)
+app.add_typer(task_commands)
+app.add_typer(finetune_commands)
 
 
 def _show_version(asked: bool) -> None:
@@ -100,7 +100,7 @@ def fit(
     gguf: Gguf = None,
     adapter: Adapter = None,
     revision: Revision = None,
-    seed: Annotated[int | None, seed_of("Seed of weights, order of text and sampled sites.")] = None,
+    seed: Annotated[int | None, seed_option("Seed of weights, order of text and sampled sites.")] = None,
     device: Device = "auto",
     dtype: Annotated[str, typer.Option(help="Precision: float32, or bfloat16 products of float32 weights.")] = "float32",
     dense_dtype: Annotated[
@@ -133,7 +133,7 @@ def fit(
     folder = out or Path("runs") / Path(name).name
     from bridge.training.prepare import prepare
 
-    reading = Phases()
+    reading = SearchProgress()
     run = prepare(
         name, values, out=folder, resume=resume, device=device, dtype=dtype, device_map=device_map, log_with=log_with,
         progress=reading,
@@ -154,7 +154,7 @@ def eval_(
     from bridge.models.store import write_json
     from bridge.training.evaluate import evaluate
 
-    coupling = console.opened_coupling(bridge, dense, device)
+    coupling = console.open_coupling(bridge, dense, device)
     result = evaluate(coupling, console.held_out_text(coupling, bridge, data, rows))
     print(console.evaluation_table(result))
     if bridge.is_dir():
@@ -173,7 +173,7 @@ def explain(
         str | None, typer.Option(help="A prompt of as many tokens with another answer: adds patching to the evidence.")
     ] = None,
     chat: Chat = False,
-    seed: Annotated[int, seed_of("Seed of the search and of the controls.")] = 0,
+    seed: Annotated[int, seed_option("Seed of the search and of the controls.")] = 0,
     dense: Dense = None,
     device: Device = "auto",
 ) -> None:
@@ -185,10 +185,10 @@ def explain(
     from bridge.models.store import write_json
 
     console.check_outputs(html=html, json=json)
-    coupling = console.opened_coupling(bridge, dense, device)
+    coupling = console.open_coupling(bridge, dense, device)
     if chat:
         prompt, counterfactual = coupling.dense.prompts.chat(prompt), console.as_chat(coupling, counterfactual)
-    watch = Phases()
+    watch = SearchProgress()
     width = console.terminal_width()
 
     def show(known: Answered | Drawn) -> None:
@@ -224,7 +224,7 @@ def view(
     read, nodes = read_explanation(explanation), {}
     console.check_outputs(html=html, read=[explanation])
     if bridge is not None:
-        nodes = described_nodes(console.opened_coupling(bridge, dense, device), read)
+        nodes = described_nodes(console.open_coupling(bridge, dense, device), read)
     write_page(html, render_html(page_data(read, nodes)))
     print(f"wrote {html}")
 
@@ -282,7 +282,7 @@ def steer(
     contrast: Annotated[str | None, typer.Option(help="Second token to measure; default the counterfactual's answer.")] = None,
     tokens: Annotated[int, typer.Option(help="Number of tokens to generate at strength 0 and at the largest.", min=0)] = 16,
     draws: Annotated[int, typer.Option(help="Number of random directions, as a control.", min=1, max=1000)] = 20,
-    seed: Annotated[int, seed_of("Seed of the random directions.")] = 0,
+    seed: Annotated[int, seed_option("Seed of the random directions.")] = 0,
     bridge: Annotated[str | None, typer.Option(help="A coupling: folder or hub id; default the one that ships.")] = None,
     dense: Dense = None,
     svg: Annotated[Path | None, typer.Option(help="Also write the plot of probability against strength.")] = None,
@@ -298,7 +298,7 @@ def steer(
 
     check_strengths(strength or STRENGTHS)
     console.check_outputs(svg=svg, json=json, read=[explanation])
-    coupling = console.opened_coupling(bridge, dense, device)
+    coupling = console.open_coupling(bridge, dense, device)
     if chat:
         prompt, counterfactual = console.as_chat(coupling, prompt), console.as_chat(coupling, counterfactual)
     text, interventions = chosen_interventions(coupling, prompt, node or [], circuit, explanation)

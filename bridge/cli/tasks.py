@@ -9,14 +9,14 @@ from typing import Annotated, Any
 import typer
 
 from bridge.cli import console
-from bridge.cli.console import Adapter, Dense, Device, Phases, Revision, Several, seed_of
+from bridge.cli.console import Adapter, Dense, Device, RepeatedOptionsCommand, Revision, SearchProgress, seed_option
 from bridge.errors import RunError
 from bridge.recipe import RecipeError, parse_setting
 
-of_tasks = typer.Typer()
+task_commands = typer.Typer()
 
 
-@of_tasks.command()
+@task_commands.command()
 def circuit(
     task: Annotated[str | None, typer.Option(help="A built-in task, or a .jsonl or .yaml file of examples.")] = None,
     all_: Annotated[bool, typer.Option("--all", help="Search all built-in tasks in --language and compare them.")] = False,
@@ -25,7 +25,7 @@ def circuit(
     level: Annotated[float, typer.Option(help="Faithfulness of the circuit: .8, .9, .95 or .99.")] = 0.9,
     explains: Annotated[str, typer.Option(help="Model whose answers are explained: dense or sparse.")] = "dense",
     seeds: Annotated[int, typer.Option(help="Number of searches; the smallest circuit is kept.", min=1)] = 1,
-    seed: Annotated[int, seed_of("Seed of the first search.")] = 0,
+    seed: Annotated[int, seed_option("Seed of the first search.")] = 0,
     null: Annotated[str | None, typer.Option(help="Run a null, which must fail: labels, weights or shuffled.")] = None,
     dense: Dense = None,
     no_dense: Annotated[bool, typer.Option("--no-dense", help="Do not search the dense model's own circuit.")] = False,
@@ -47,8 +47,8 @@ def circuit(
     search_config(level, budget)  # raises before anything is loaded
 
     console.check_outputs(out)
-    subjects = Subjects.of(console.opened_coupling(bridge, dense, device))
-    watch = Phases()
+    subjects = Subjects.of(console.open_coupling(bridge, dense, device))
+    watch = SearchProgress()
     options: dict[str, Any] = {
         "level": level, "explains": of, "seeds": seeds, "seed": seed, "dense": not no_dense, "null": null, "budget": budget,
         "nested": not no_nested,
@@ -63,7 +63,7 @@ def circuit(
             print(f"{text}\n", flush=True)
 
 
-@of_tasks.command()
+@task_commands.command()
 def card(
     task: Annotated[str | None, typer.Option(help="A built-in task, or a .jsonl or .yaml file of examples.")] = None,
     circuit: Annotated[Path | None, typer.Option(help="Folder of a circuit, or of several, that `bridge circuit` wrote.")] = None,
@@ -71,7 +71,7 @@ def card(
     language: Annotated[str, typer.Option(help="Language of the tasks for --all: python or english.")] = "python",
     bridge: Annotated[str | None, typer.Option(help="Coupling: folder or hub id; default the one that ships.")] = None,
     seeds: Annotated[int, typer.Option(help="Number of searches, if no circuit is given; the smallest is kept.", min=1)] = 1,
-    seed: Annotated[int, seed_of("Seed of searches and controls.")] = 0,
+    seed: Annotated[int, seed_option("Seed of searches and controls.")] = 0,
     budget: Annotated[float, typer.Option(help="Steps of a search, as a multiple of the default.", min=0.01)] = 1.0,
     out: Annotated[Path | None, typer.Option(help="Folder for cards and circuits; results found there are reused.")] = None,
     json: Annotated[Path | None, typer.Option(help="Also write the card, or the list of several, as JSON.")] = None,
@@ -81,15 +81,15 @@ def card(
     """Test a task's circuit on the dense model: tests with ceilings, controls and intervals, the nulls, and a verdict."""
     if (task is not None or circuit is not None) == all_:
         raise RecipeError("the circuit", "must be given in one way", "give --task NAME or FILE, --circuit DIR, or --all")
-    from bridge.cards.suite import run_cards, wanted_cards
+    from bridge.cards.suite import requested_cards, run_cards
     from bridge.data.task_pairs import task_names
     from bridge.models.store import write_json
     from bridge.studies.search import Subjects
 
     console.check_outputs(out, json=json, read=[task])
-    wanted = wanted_cards(task=task, circuit=circuit, names=task_names(language) if all_ else (), out=out)
-    subjects = Subjects.of(console.opened_coupling(bridge, dense, device))
-    watch, cards = Phases(), []
+    wanted = requested_cards(task=task, circuit=circuit, names=task_names(language) if all_ else (), out=out)
+    subjects = Subjects.of(console.open_coupling(bridge, dense, device))
+    watch, cards = SearchProgress(), []
     for one, text in run_cards(
         subjects, wanted, seed=seed, seeds=seeds, budget=budget, width=console.terminal_width(), progress=watch
     ):
@@ -101,7 +101,7 @@ def card(
         console.print_written(json)
 
 
-@of_tasks.command(cls=Several)
+@task_commands.command(cls=RepeatedOptionsCommand)
 def nulls(
     bridge: Annotated[str, typer.Argument(help="Folder of a coupling, in which nulls.json is kept.")],
     tasks: Annotated[list[str] | None, typer.Option(help="Tasks or task files; default the first 3 that both models do.")] = None,
@@ -112,7 +112,7 @@ def nulls(
     minutes: Annotated[float, typer.Option(help="Training budget of the uncoupled model in minutes.", min=0.01)] = 20.0,
     budget: Annotated[float, typer.Option(help="Steps of each search, as a multiple of the default.", min=0.01)] = 0.2,
     prompts: Annotated[int, typer.Option(help="Run on this many prompts of held-out text instead of on tasks.", min=0)] = 0,
-    seed: Annotated[int, seed_of("Seed of everything that is random.")] = 0,
+    seed: Annotated[int, seed_option("Seed of everything that is random.")] = 0,
     dense: Dense = None,
     device: Device = "auto",
 ) -> None:
@@ -123,7 +123,7 @@ def nulls(
 
     if against is not None and not (against / "coupling.json").is_file():
         check_folder(against, "against")
-    coupling, watch = console.opened_coupling(bridge, dense, device), Phases()
+    coupling, watch = console.open_coupling(bridge, dense, device), SearchProgress()
     uncoupled = against or Path("runs") / f"{Path(bridge).resolve().name}-uncoupled"
     if prompts:
         from bridge.verdicts.nulls import cut_prompts, render_prompt_nulls, run_prompt_nulls
@@ -141,7 +141,7 @@ def nulls(
         print(text, flush=True)
 
 
-@of_tasks.command(cls=Several)
+@task_commands.command(cls=RepeatedOptionsCommand)
 def sweep(
     model: Annotated[str | None, typer.Argument(help="A Hugging Face causal LM: hub id or folder; default the recipe's.")] = None,
     l0: Annotated[list[float] | None, typer.Option(help="Weights to keep: below 1 fractions, from 1 on numbers.")] = None,
@@ -157,7 +157,7 @@ def sweep(
     level: Annotated[float, typer.Option(help="Faithfulness of the circuits: .8, .9, .95 or .99.")] = 0.9,
     explains: Annotated[str, typer.Option(help="Model whose answers the circuits explain: dense or sparse.")] = "dense",
     seeds: Annotated[int, typer.Option(help="Number of searches per task; the smallest circuit is kept.", min=1)] = 1,
-    seed: Annotated[int | None, seed_of("Seed of the fits.")] = None,
+    seed: Annotated[int | None, seed_option("Seed of the fits.")] = None,
     no_dense: Annotated[bool, typer.Option("--no-dense", help="Do not search the dense model's own circuits.")] = False,
     budget: Annotated[float, typer.Option(help="Steps of a search, as a multiple of the default.", min=0.01)] = 1.0,
     rows: Annotated[int, typer.Option(help="Rows of held-out text to evaluate on, at most.", min=1)] = 256,
@@ -172,7 +172,7 @@ def sweep(
     settings = dict(parse_setting(text) for text in set_ or [])
     from bridge.studies.sweep import sweep as run_sweep
 
-    watch = Phases()
+    watch = SearchProgress()
 
     def print_step(text: str) -> None:
         watch.clear()
@@ -192,7 +192,7 @@ def sweep(
         raise RunError(f"{len(frontier.failures)} of {of} points failed", remedy="run the same command to try them again")
 
 
-@of_tasks.command()
+@task_commands.command()
 def nodes(
     bridge: Annotated[str | None, typer.Option(help="Coupling: folder or hub id; default the one that ships.")] = None,
     node: Annotated[list[str] | None, typer.Option(help="A node to print, such as 1.mlp_act[37]; repeatable.")] = None,
@@ -220,8 +220,8 @@ def nodes(
     from bridge.studies.result import TaskResult
 
     console.check_outputs(None if out is None or (out / "nodes.json").is_file() else out, json=json)
-    name = console.chosen_coupling(bridge)
-    coupling = console.opened_coupling(name, dense, device)
+    name = console.choose_coupling(bridge)
+    coupling = console.open_coupling(name, dense, device)
     sizes = coupling.sparse.locations()
     chosen = [parse_node(text, sizes) for text in node or []]
     if circuit is not None:
@@ -230,7 +230,7 @@ def nodes(
     facts = stored_facts(coupling, folder) if data is None and rows is None else None
     if facts is None:
         console.check_outputs(folder)
-        watch = Phases()
+        watch = SearchProgress()
         facts = collect_nodes(coupling, console.held_out_text(coupling, name, data, rows or 256), folder=folder, progress=watch)
         watch.clear()
     descriptions = Descriptions(folder, facts.fingerprint)
@@ -250,7 +250,7 @@ def nodes(
         console.print_written(json)
 
 
-@of_tasks.command()
+@task_commands.command()
 def tasks(
     names: Annotated[list[str] | None, typer.Argument(help="Tasks, by name or as a .jsonl or .yaml file; default all.")] = None,
     bridge: Annotated[str | None, typer.Option(help="A coupling: folder or hub id; default the one that ships.")] = None,
@@ -259,7 +259,7 @@ def tasks(
     ] = None,
     language: Annotated[str | None, typer.Option(help="Only the tasks in this language: python or english.")] = None,
     split: Annotated[str, typer.Option(help="Split to measure on: train, validation or test.")] = "validation",
-    seed: Annotated[int, seed_of("Seed of names, templates and splits.")] = 0,
+    seed: Annotated[int, seed_option("Seed of names, templates and splits.")] = 0,
     json: Annotated[Path | None, typer.Option(help="Also write the table as JSON.")] = None,
     device: Device = "auto",
 ) -> None:
@@ -283,7 +283,7 @@ def tasks(
         models: dict[str, Any] = {"dense": of}
         context = of.context
     else:
-        coupling = console.opened_coupling(bridge, dense, device)
+        coupling = console.open_coupling(bridge, dense, device)
         of, context, models = coupling.dense, coupling.context, {"dense": coupling.dense, "sparse": coupling.sparse}
     print(f"{split} split; both prompts of every pair are scored; dense model {of.name}\n")
     columns = "".join(f"{name:>8}" for name in models)

@@ -14,7 +14,7 @@ BOOTSTRAPS = 2000
 Interval = tuple[float, float]
 
 
-def interval(statistic: Callable[[np.ndarray], np.ndarray], count: int, seed: int) -> Interval | None:
+def bootstrap_interval(statistic: Callable[[np.ndarray], np.ndarray], count: int, seed: int) -> Interval | None:
     """Return the 95% interval of statistic(pick_kb) -> value_k over draws of `count` measurements; None if they are too few."""
     if count < 2:
         return None
@@ -28,7 +28,7 @@ def interval(statistic: Callable[[np.ndarray], np.ndarray], count: int, seed: in
     return float(low), float(high)
 
 
-class Draws:
+class ClusterBootstrap:
     """Bootstrap draws over the sources of measurements: all measurements of one source are drawn together."""
 
     def __init__(self, source_b: np.ndarray | Sequence[str], seed: int) -> None:
@@ -43,4 +43,4 @@ class Draws:
             drawn_ks = np.stack([np.bincount(pick_s, minlength=self.sources) for pick_s in pick_ks])
             return statistic(drawn_ks[:, self.source_b].astype(float))
 
-        return interval(of_picks, self.sources, self.seed)
+        return bootstrap_interval(of_picks, self.sources, self.seed)

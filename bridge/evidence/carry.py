@@ -34,10 +34,10 @@ from bridge.models.bridges import CoupledModels
 from bridge.models.residual import Enter, Trace
 from bridge.models.transport import decoded
 
-_LOGITS, _ROWS = 2**23, 256  # maxima for one batch of dense runs
-_COPIES = 8  # minimum number of masked copies of a prompt in a batch; one of them is the reference
+_MAX_BATCH_LOGITS, _MAX_BATCH_ROWS = 2**23, 256  # maxima for one batch of dense runs
+_MIN_COPIES = 8  # minimum number of masked copies of a prompt in a batch; one of them is the reference
 
-Lost = Callable[[Sequence[int], Sequence[int], Sequence[Tensor]], Tensor]  # (row_k, site_k, change_k) -> lost_k
+LossFunction = Callable[[Sequence[int], Sequence[int], Sequence[Tensor]], Tensor]  # (row_k, site_k, change_k) -> lost_k
 
 
 class Transporter:
@@ -50,14 +50,16 @@ class Transporter:
         self.coupling, self.loss, self.masked, self.dense = coupling, loss, loss.masked, dense
         self.reference_f = loss.nodes_f | circuit_f
         self.sites, self.prompts = range(coupling.n_sites), len(loss.model_b)
-        self.narrow = self.masked.question.whole_rows  # after the last attention, residuals have only the last position
+        self.narrow = self.masked.question.is_unpadded  # after the last attention, residuals have only the last position
         self._span = loss.span if abs(loss.span) >= 1e-6 else 1e-6
 
     @cached_property
     def reference(self) -> Trace:
         """Reference run of every prompt."""
         with torch.no_grad():
-            runs = [self._run(self.reference_f[None], row_p) for row_p in torch.arange(self.prompts).split(self.masked.rows)]
+            runs = [
+                self._run(self.reference_f[None], row_p) for row_p in torch.arange(self.prompts).split(self.masked.rows_per_batch)
+            ]
         residuals = tuple(torch.cat(parts) for parts in zip(*(run.residuals for run in runs), strict=True))
         return Trace(torch.cat([run.logits_btv for run in runs]), residuals)
 
@@ -66,7 +68,7 @@ class Transporter:
         return self._d(self.reference, torch.arange(self.prompts))
 
     @torch.no_grad()
-    def transport(self, kept_cf: Tensor, sites: Sequence[Sequence[int]], losses: Sequence[Lost]) -> tuple[Tensor, Tensor]:
+    def transport(self, kept_cf: Tensor, sites: Sequence[Sequence[int]], losses: Sequence[LossFunction]) -> tuple[Tensor, Tensor]:
         """Return lost_cb, the share of the span lost under each mask, and lost_mcjb, the share lost by its transported change.
 
         m indexes `losses` (`dense_lost`, `sparse_lost`), and every mask has the same number of sites. Changes are transported
@@ -74,8 +76,8 @@ class Transporter:
         """
         shape = len(kept_cf), len(sites[0]) if sites else 0, self.prompts
         lost_cb, lost_mcjb = (torch.zeros(size, device=kept_cf.device) for size in (shape[::2], (len(losses), *shape)))
-        prompts = min(self.prompts, max(1, self.masked.rows // _COPIES))
-        masks = max(1, self.masked.rows // prompts - 1)
+        prompts = min(self.prompts, max(1, self.masked.rows_per_batch // _MIN_COPIES))
+        masks = max(1, self.masked.rows_per_batch // prompts - 1)
         for row_p, place_c in product(torch.arange(self.prompts).split(prompts), torch.arange(len(kept_cf)).split(masks)):
             # the reference runs in the same batch, so rounding cancels for everything that does not change
             trace = self._run(torch.cat([self.reference_f[None], kept_cf[place_c]]), row_p)
@@ -105,7 +107,7 @@ class Transporter:
             return torch.stack([lost_kb, lost_1k1b[0, :, 0]])
         changes, lost_k = [torch.zeros(0)] * len(sets), torch.zeros(len(sets), device=self.reference_f.device)
         # the reference runs in the same batch, so rounding cancels for everything that does not change
-        for some_k, trace in self.masked.runs_without(self.reference_f, sets, self.reference, beside=True):
+        for some_k, trace in self.masked.runs_without(self.reference_f, sets, self.reference, with_reference=True):
             d_r = self._d(trace, torch.zeros(1 + len(some_k), dtype=torch.long))
             lost_k[some_k] = (d_r[0] - d_r[1:]) / self._span
             for row, k in enumerate(some_k.tolist(), 1):
@@ -117,8 +119,8 @@ class Transporter:
     def dense_lost(self, row_k: Sequence[int], site_k: Sequence[int], change_k: Sequence[Tensor]) -> Tensor:
         """Return lost_k, the share of the span that the dense model loses by each change_ts of the sparse residual."""
         lost, length = [torch.zeros(0, device=self.reference_f.device)], self.masked.n_tokens
-        for first in range(0, len(site_k), _ROWS):
-            some = slice(first, first + _ROWS)
+        for first in range(0, len(site_k), _MAX_BATCH_ROWS):
+            some = slice(first, first + _MAX_BATCH_ROWS)
             site_r = torch.tensor(site_k[some])
             change_rts = torch.stack([pad(x_ts, (0, 0, length - len(x_ts), 0)) for x_ts in change_k[some]])
             lost.append(self.lost_by(torch.tensor(row_k[some]), site_r, decoded(self.coupling, site_r, change_rts)))
@@ -128,7 +130,7 @@ class Transporter:
     def lost_by(self, row_k: Tensor, site_k: Tensor, change_ktd: Tensor) -> Tensor:
         """Return lost_k, the share of the span that the dense model loses by each change_td of its own residual at a site."""
         question, lost_k = self.masked.question, torch.zeros(len(row_k), device=self.reference_f.device)
-        rows = max(1, min(_ROWS, _LOGITS // (self.masked.n_tokens * self.coupling.dense.vocabulary)))
+        rows = max(1, min(_MAX_BATCH_ROWS, _MAX_BATCH_LOGITS // (self.masked.n_tokens * self.coupling.dense.vocabulary)))
         for some_k in site_k.argsort(stable=True).split(rows) if len(row_k) else ():  # sublayers before all entries are skipped
             row_r, site_r = row_k[some_k], site_k[some_k]
             last_r = question.last_b[row_r]

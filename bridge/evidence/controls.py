@@ -15,7 +15,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from bridge.circuits.error_nodes import follow
+from bridge.circuits.error_nodes import follow_dense
 from bridge.circuits.masked_model import MaskedModel, integrated_gradients
 from bridge.circuits.question import Question
 from bridge.models.bridges import CoupledModels
@@ -41,7 +41,7 @@ def active_nodes(masked: MaskedModel) -> Tensor:
     question, space, every_f = masked.question, masked.space, torch.ones_like(masked.is_error_f)
     there_bt1 = (torch.arange(masked.n_tokens, device=every_f.device) <= question.last_b[:, None])[..., None]
     active_f = torch.zeros_like(every_f)
-    for row_b in torch.arange(len(question)).split(masked.rows):
+    for row_b in torch.arange(len(question)).split(masked.rows_per_batch):
         values = node_values(masked, every_f, row_b)
         parts = {}
         for at, n in space.sizes.items():
@@ -52,7 +52,7 @@ def active_nodes(masked: MaskedModel) -> Tensor:
     return active_f
 
 
-def matched(masked: MaskedModel, kept_f: Tensor, draws: int, generator: torch.Generator) -> Tensor:
+def matched_nodes(masked: MaskedModel, kept_f: Tensor, draws: int, generator: torch.Generator) -> Tensor:
     """Return matched_cf: for each node of a circuit, a random other active node of its location and position; none for errors.
 
     If a location and position has too few other active nodes, all of them are taken.
@@ -75,7 +75,7 @@ def matched(masked: MaskedModel, kept_f: Tensor, draws: int, generator: torch.Ge
     return matched_cf
 
 
-def another_prompt(
+def circuits_of_other_prompts(
     coupling: CoupledModels, masked: MaskedModel, kept_f: Tensor, draws: int, generator: torch.Generator
 ) -> Tensor:
     """Return other_cf: for each other prompt of the same length, the nodes that matter most to it, as many as the circuit has.
@@ -91,7 +91,7 @@ def another_prompt(
         row, start = (int(torch.randint(size, (), generator=generator)) for size in (len(text_bt), text_bt.shape[1] - length + 1))
         tokens_t = text_bt[row, start : start + length].to(kept_f.device)
         last_b = torch.tensor([length - 1], device=kept_f.device)
-        followed = follow(coupling, tokens_t[None], last_b)
+        followed = follow_dense(coupling, tokens_t[None], last_b)
         question = Question.of_prompt(tokens_t, int(followed.dense_bv[0].argmax()))
         there = MaskedModel(masked.sparse, question, masked.means, followed.errors)
         score_f = integrated_gradients(
@@ -114,18 +114,18 @@ def random_deletions(space: NodeSpace, kept_f: Tensor, on_f: Tensor, generator: 
         return pool_f[None]
     drawn = []
     for _ in range(draws):
-        gone_f = torch.zeros_like(pool_f).index_fill_(0, some_like(space, kept_f, pool_f, generator), True)
+        gone_f = torch.zeros_like(pool_f).index_fill_(0, sample_by_location(space, kept_f, pool_f, generator), True)
         lacking = wanted - int(gone_f.sum())
-        drawn.append(gone_f.index_fill(0, some((pool_f & ~gone_f).nonzero().flatten(), lacking, generator), True))
+        drawn.append(gone_f.index_fill(0, sample_indices((pool_f & ~gone_f).nonzero().flatten(), lacking, generator), True))
     return torch.stack(drawn)
 
 
-def some_like(space: NodeSpace, like_f: Tensor, pool_f: Tensor, generator: torch.Generator) -> Tensor:
+def sample_by_location(space: NodeSpace, like_f: Tensor, pool_f: Tensor, generator: torch.Generator) -> Tensor:
     """Return node_k, drawn at random from a pool: at each location as many as like_f has there, or all if the pool has fewer."""
     like, places = space.split(like_f), space.split(torch.where(pool_f, torch.arange(len(pool_f), device=pool_f.device), -1))
-    return torch.cat([some(place_tn[place_tn >= 0], int(like[at].sum()), generator) for at, place_tn in places.items()])
+    return torch.cat([sample_indices(place_tn[place_tn >= 0], int(like[at].sum()), generator) for at, place_tn in places.items()])
 
 
-def some(place_n: Tensor, wanted: int, generator: torch.Generator) -> Tensor:
+def sample_indices(place_n: Tensor, wanted: int, generator: torch.Generator) -> Tensor:
     """Return `wanted` of the indices at random, or all if there are fewer."""
     return place_n[torch.randperm(len(place_n), generator=generator)[:wanted].to(place_n.device)]

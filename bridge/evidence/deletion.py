@@ -31,7 +31,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bridge.evidence.bootstrap import Interval, interval
+from bridge.evidence.bootstrap import Interval, bootstrap_interval
 from bridge.evidence.carry import Transporter
 from bridge.evidence.measures import Control, Criterion, Measure, Point
 from bridge.models.bridges import CoupledModels
@@ -60,24 +60,24 @@ class Deletion:
         """Loss of the sparse model by the change at each site."""
         return tuple(self.sparse_jb.mean(1).tolist())
 
-    def behind(self, share: float) -> tuple[int, ...]:
+    def sites_after_circuit(self, share: float) -> tuple[int, ...]:
         """Return the sites behind the circuit's nodes: those where the change causes at least `share` of the sparse loss."""
         return tuple(site for site, lost in enumerate(self.sparse_j) if self.lost > 0 and lost >= share * self.lost)
 
     def ratio(self, share: float) -> float | None:
         """Return the minimum of dense over sparse loss over the sites of `behind`; None if there are none."""
-        return min((self.dense_j[site] / self.sparse_j[site] for site in self.behind(share)), default=None)
+        return min((self.dense_j[site] / self.sparse_j[site] for site in self.sites_after_circuit(share)), default=None)
 
     def ratio_interval(self, share: float, seed: int) -> Interval | None:
         """Return the 95% bootstrap interval of `ratio` over the prompts, at the same sites; None for a single prompt."""
-        if not (behind := list(self.behind(share))):
+        if not (behind := list(self.sites_after_circuit(share))):
             return None
 
         def least(pick_kb: np.ndarray) -> np.ndarray:
             dense_jk, sparse_jk = (lost_jb[behind][:, pick_kb].mean(2) for lost_jb in (self.dense_jb, self.sparse_jb))
             return (dense_jk / sparse_jk).min(0)
 
-        return interval(least, len(self.lost_b), seed)
+        return bootstrap_interval(least, len(self.lost_b), seed)
 
     @property
     def best(self) -> float:
@@ -85,7 +85,7 @@ class Deletion:
         return max(self.dense_j)
 
 
-def delete(transporter: Transporter, circuit_cf: Tensor) -> tuple[Deletion, ...]:
+def delete_circuits(transporter: Transporter, circuit_cf: Tensor) -> tuple[Deletion, ...]:
     """Delete each circuit and measure the losses."""
     sites = [transporter.sites] * len(circuit_cf)
     models = transporter.dense_lost, transporter.sparse_lost
@@ -126,7 +126,7 @@ class Deletions:
     def of(transporter: Transporter, circuit_f: Tensor, matched_cf: Tensor, other_cf: Tensor | None = None) -> Deletions:
         """Measure the deletions of these masks, and of all nodes."""
         other_cf = matched_cf[:0] if other_cf is None else other_cf
-        circuit, every, *rest = delete(
+        circuit, every, *rest = delete_circuits(
             transporter, torch.cat([circuit_f[None], transporter.reference_f[None], matched_cf, other_cf])
         )
         return Deletions(circuit, every, tuple(rest[: len(matched_cf)]), tuple(rest[len(matched_cf) :]))
@@ -135,7 +135,7 @@ class Deletions:
         self, coupling: CoupledModels, behind: float, ratio: float, best: float, matched_lost: float, seed: int
     ) -> tuple[Measure, ...]:
         """Return the measures that compare dense with sparse losses, and the circuit with its controls, with the given bounds."""
-        sites, kinds = self.circuit.behind(behind), coupling.dense.readers
+        sites, kinds = self.circuit.sites_after_circuit(behind), coupling.dense.readers
         points = tuple(
             Point(f"site {site} ({kinds[site]})", {
                 "dense": self.circuit.dense_j[site], "sparse": self.circuit.sparse_j[site], "behind": float(site in sites),

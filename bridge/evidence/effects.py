@@ -22,13 +22,13 @@ import torch
 from torch import Tensor
 
 from bridge.evidence.carry import Transporter
-from bridge.evidence.controls import active_nodes, some, some_like
+from bridge.evidence.controls import active_nodes, sample_by_location, sample_indices
 from bridge.evidence.measures import Control, Criterion, Measure, Point
 
-LEAST_NODES = 10  # nodes; with fewer, a rank correlation means nothing
+MIN_NODES_TO_RANK = 10  # nodes; with fewer, a rank correlation means nothing
 RESOLUTION = 1e-5  # of the span: float32 logits of a resumed model differ by a tenth of this
 DRAWS, PERMUTATIONS = 500, 2000  # draws of the bootstrap, permutations of the null
-HALVES = 20  # random splits of the prompts into halves, to see how well the dense effects repeat
+HALF_SPLITS = 20  # random splits of the prompts into halves, to see how well the dense effects repeat
 QUANTILE = 0.95  # quantile of the permuted correlations that the value must exceed
 
 
@@ -50,9 +50,9 @@ class Effect:
 def profile_nodes(transporter: Transporter, circuit_f: Tensor, count: int, generator: torch.Generator) -> Tensor:
     """Return node_p: at most count // 2 nodes of the circuit, and at each location as many active ones outside, if there are."""
     masked = transporter.masked
-    inside_p = some((circuit_f & ~masked.is_error_f).nonzero().flatten(), count // 2, generator)
+    inside_p = sample_indices((circuit_f & ~masked.is_error_f).nonzero().flatten(), count // 2, generator)
     inside_f = torch.zeros_like(circuit_f).index_fill(0, inside_p, True)
-    return torch.cat([inside_p, some_like(masked.space, inside_f, active_nodes(masked) & ~circuit_f, generator)])
+    return torch.cat([inside_p, sample_by_location(masked.space, inside_f, active_nodes(masked) & ~circuit_f, generator)])
 
 
 def effect_profile(transporter: Transporter, circuit_f: Tensor, node_p: Tensor) -> tuple[Effect, ...]:
@@ -81,10 +81,10 @@ def profile_measure(effects: tuple[Effect, ...], criterion: Criterion, seed: int
     def unknown(note: str) -> Measure:
         return Measure(key, name, None, criterion, note=note, points=points)
 
-    if len(effects) < LEAST_NODES:
+    if len(effects) < MIN_NODES_TO_RANK:
         return unknown(f"{len(effects)} nodes are too few to rank")
     effect_2pb = np.array([each.by_prompt or [(each.sparse, each.dense)] for each in effects]).transpose(2, 0, 1)
-    sparse_p, dense_p = _resolved(effect_2pb.mean(2))
+    sparse_p, dense_p = _zero_small_effects(effect_2pb.mean(2))
     site_p = np.array([effect.site for effect in effects])
     if np.ptp(sparse_p) == 0 or np.ptp(dense_p) == 0:
         return unknown(f"no node has an effect in the {'sparse' if np.ptp(sparse_p) == 0 else 'dense'} model")
@@ -95,33 +95,33 @@ def profile_measure(effects: tuple[Effect, ...], criterion: Criterion, seed: int
     null = permuted_null(sparse_p, dense_p, site_p, generator)
     p_value = float((1 + np.sum(null >= value)) / (1 + len(null)))
     control = Control("permuted", len(null), float(null.mean()), float(np.quantile(null, QUANTILE)), f"{QUANTILE:.0%}")
-    low, high = np.nanquantile(_drawn(effect_2pb, generator), [0.025, 0.975])
+    low, high = np.nanquantile(_bootstrap_correlations(effect_2pb, generator), [0.025, 0.975])
     inside, zeros = sum(effect.inside for effect in effects), int(np.sum((sparse_p == 0) & (dense_p == 0)))
     note = f"{len(effects)} nodes, {inside} of them in the circuit, {zeros} without any effect; p {p_value:.2g}"
-    bounds, ceiling = (float(low), float(high)), _repeats(effect_2pb[1])
+    bounds, ceiling = (float(low), float(high)), _split_half_correlation(effect_2pb[1])
     return Measure(key, name, value, criterion, control, bounds, ceiling, note, points)
 
 
-def _resolved(effect: np.ndarray) -> np.ndarray:
+def _zero_small_effects(effect: np.ndarray) -> np.ndarray:
     """Set effects within RESOLUTION of 0 to 0, so that rounding is not ranked."""
     return np.where(np.abs(effect) < RESOLUTION, 0.0, effect)
 
 
-def _drawn(effect_2pb: np.ndarray, generator: np.random.Generator) -> np.ndarray:
+def _bootstrap_correlations(effect_2pb: np.ndarray, generator: np.random.Generator) -> np.ndarray:
     """Return correlation_k of bootstrap draws, which resample the nodes and the prompts."""
     _, nodes, prompts = effect_2pb.shape
     pick_kp = generator.integers(nodes, size=(DRAWS, nodes))
     pick_kb = generator.integers(prompts, size=(DRAWS, prompts))
     weight_bk = np.stack([np.bincount(pick_b, minlength=prompts) for pick_b in pick_kb], 1) / prompts
-    return rank_correlation(*np.take_along_axis(_resolved(effect_2pb @ weight_bk).transpose(0, 2, 1), pick_kp[None], 2))
+    return rank_correlation(*np.take_along_axis(_zero_small_effects(effect_2pb @ weight_bk).transpose(0, 2, 1), pick_kp[None], 2))
 
 
-def _repeats(dense_pb: np.ndarray) -> float | None:
+def _split_half_correlation(dense_pb: np.ndarray) -> float | None:
     """Return the mean rank correlation of the effects between random halves of the prompts; None for a single prompt."""
     generator, found = np.random.default_rng(0), []
-    for _ in range(HALVES if dense_pb.shape[1] > 1 else 0):
+    for _ in range(HALF_SPLITS if dense_pb.shape[1] > 1 else 0):
         order_b = generator.permutation(dense_pb.shape[1])
-        first_p, second_p = (_resolved(dense_pb[:, half_b].mean(1)) for half_b in np.array_split(order_b, 2))
+        first_p, second_p = (_zero_small_effects(dense_pb[:, half_b].mean(1)) for half_b in np.array_split(order_b, 2))
         if np.ptp(first_p) and np.ptp(second_p):
             found.append(float(rank_correlation(first_p, second_p)))
     return sum(found) / len(found) if found else None
@@ -147,6 +147,6 @@ def permuted_null(x_p: np.ndarray, y_p: np.ndarray, site_p: np.ndarray, generato
     """Return rank correlations of y with x, whose values are permuted among the nodes of each site."""
     permuted = np.tile(mean_ranks(x_p), (PERMUTATIONS, 1))
     for site in np.unique(site_p):
-        here = np.flatnonzero(site_p == site)
-        permuted[:, here] = generator.permuted(permuted[:, here], axis=1)
+        at_site = np.flatnonzero(site_p == site)
+        permuted[:, at_site] = generator.permuted(permuted[:, at_site], axis=1)
     return rank_correlation(permuted, np.broadcast_to(y_p, permuted.shape))

@@ -55,7 +55,7 @@ class Criterion:
     beyond_control: bool = False
     control_bound: float | None = None
 
-    def met(self, value: float, control: Control | None) -> bool | None:
+    def is_met(self, value: float, control: Control | None) -> bool | None:
         """Return whether a value meets the criterion; None if it needs a control and there is none."""
         if control is None and (self.beyond_control or self.control_bound is not None):
             return None
@@ -106,7 +106,7 @@ class Measure:
         """Whether the criterion is met; None if there is no criterion, or it could not be judged."""
         if self.value is None or self.criterion is None:
             return None
-        return self.criterion.met(self.value, self.control)
+        return self.criterion.is_met(self.value, self.control)
 
 
 @dataclass(frozen=True)
@@ -142,20 +142,22 @@ class Report:
     @property
     def verdict(self) -> Verdict:
         """Verdict of the last rule up to which all rules hold, or `refuted` of the next rule if a measure fails it."""
-        return self._judged()[0]
+        return self._apply_rules()[0]
 
     @property
     def reasons(self) -> tuple[str, ...]:
         """Reasons for the verdict, a sentence each."""
-        return self._judged()[1]
+        return self._apply_rules()[1]
 
-    def _judged(self) -> tuple[Verdict, tuple[str, ...]]:
+    def _apply_rules(self) -> tuple[Verdict, tuple[str, ...]]:
         verdict: Verdict = "undecided"
         reasons: tuple[str, ...] = ()
         for rule in self.rules:
             needed = [self[key] for key in rule.needs]
-            failed = [f"{_capital(m.name)} is {m.value:.3g}, not {m.criterion}." for m in needed if m.passed is False]
-            unknown = [f"{_capital(m.name)} could not be judged ({m.note or 'no control'})." for m in needed if m.passed is None]
+            failed = [f"{_capitalize(m.name)} is {m.value:.3g}, not {m.criterion}." for m in needed if m.passed is False]
+            unknown = [
+                f"{_capitalize(m.name)} could not be judged ({m.note or 'no control'})." for m in needed if m.passed is None
+            ]
             if failed and rule.refuted is not None:
                 return rule.refuted, tuple(failed)
             if failed or unknown:
@@ -164,7 +166,7 @@ class Report:
         return verdict, reasons
 
 
-def _capital(name: str) -> str:
+def _capitalize(name: str) -> str:
     return name[:1].upper() + name[1:]
 
 
@@ -176,18 +178,18 @@ def evidence_table(measures: Iterable[Measure], width: int = 100, *, places: boo
         met = "" if measure.criterion is None else {True: "yes", False: "NO", None: "?"}[measure.passed]
         asked = "no bound" if measure.criterion is None else str(measure.criterion)
         rows.append((f"  {measure.name}", value, met, asked, "" if measure.control is None else measure.control.text()))
-        rows += [(f"    {line}",) for line in textwrap.wrap(_beside(measure), width - 4)]
-        rows += [(f"    {line}",) for line in _by_place(measure)] if places else []
+        rows += [(f"    {line}",) for line in textwrap.wrap(_details_text(measure), width - 4)]
+        rows += [(f"    {line}",) for line in _points_table(measure)] if places else []
     return columns(rows, width)
 
 
-def _beside(measure: Measure) -> str:
+def _details_text(measure: Measure) -> str:
     interval = "" if measure.interval is None else "95% interval {:.2f} to {:.2f}".format(*measure.interval)
     ceiling = "" if measure.ceiling is None else f"all nodes {measure.ceiling:.2f}"
     return "; ".join(part for part in (interval, ceiling, measure.note) if part)
 
 
-def _by_place(measure: Measure) -> list[str]:
+def _points_table(measure: Measure) -> list[str]:
     """Return a table of the values, one column for each site or span; [] if the points have no values of all nodes."""
     if not measure.points or "all nodes" not in measure.points[0].values:
         return []

@@ -36,7 +36,7 @@ from torch import Tensor
 
 from bridge.circuits.error_nodes import Followed
 from bridge.circuits.masked_model import MaskedModel
-from bridge.evidence.bootstrap import interval
+from bridge.evidence.bootstrap import bootstrap_interval
 from bridge.evidence.carry import Transporter
 from bridge.evidence.controls import node_values
 from bridge.evidence.measures import Control, Criterion, Measure, Point
@@ -64,7 +64,7 @@ def counterfactual_effect(transporter: Transporter, counterfactual: Counterfactu
 
 
 @torch.no_grad()
-def patched(transporter: Transporter, counterfactual: Counterfactual, circuit_cf: Tensor) -> list[Changes]:
+def patch_circuits(transporter: Transporter, counterfactual: Counterfactual, circuit_cf: Tensor) -> list[Changes]:
     """Return, for each circuit, the changes at every site when its nodes take their counterfactual values.
 
     Raises ValueError if the counterfactuals do not have as many tokens as the prompts.
@@ -79,7 +79,7 @@ def patched(transporter: Transporter, counterfactual: Counterfactual, circuit_cf
     errors = None if masked.errors is None else counterfactual.followed.errors
     there = MaskedModel(masked.sparse, asked, masked.means, errors, by_position=masked.space.n_tokens > 1)
     found: list[list[Changes]] = [[] for _ in circuit_cf]
-    for row_p in torch.arange(transporter.prompts).split(masked.rows):
+    for row_p in torch.arange(transporter.prompts).split(masked.rows_per_batch):
         kept_pf = transporter.reference_f.expand(len(row_p), -1)
         own, other = masked.gates(kept_pf, row_p)[1], there.gates(kept_pf, row_p)[1]
         values = node_values(there, transporter.reference_f, row_p)
@@ -145,7 +145,9 @@ def patching_measures(
 
     if abs(effect) < LEAST_EFFECT:
         return unknown(f"the counterfactual changes the dense model's d by only {effect:.2f} nats")
-    changes = patched(transporter, counterfactual, torch.cat([circuit_f[None], torch.ones_like(circuit_f)[None], matched_cf]))
+    changes = patch_circuits(
+        transporter, counterfactual, torch.cat([circuit_f[None], torch.ones_like(circuit_f)[None], matched_cf])
+    )
     lost_cjb, dense_jb = dense_losses(transporter, changes), dense_writes(transporter, counterfactual)
     share, every, *matched = (mean_share(transporter, lost_jb, effect_b) for lost_jb in lost_cjb)
     if every <= 0:
@@ -157,7 +159,7 @@ def patching_measures(
         for site in transporter.sites
     )
     own_b, every_b = (lost_cjb[c, 1:].mean(0).double().cpu().numpy() for c in (0, 1))
-    bounds = interval(lambda pick_kb: own_b[pick_kb].sum(1) / every_b[pick_kb].sum(1), len(own_b), seed)
+    bounds = bootstrap_interval(lambda pick_kb: own_b[pick_kb].sum(1) / every_b[pick_kb].sum(1), len(own_b), seed)
     dense_share = float(shares[2, 1:].mean())
     note = (
         f"{share:.2f} of the effect of {effect:.1f} nats; all nodes {every:.2f}, the dense model's own change {dense_share:.2f}"
@@ -167,16 +169,16 @@ def patching_measures(
     measures = [Measure(names[0], titles[0], value, criterion, control, bounds, note=note, points=points)]
     if several:
         generator = torch.Generator().manual_seed(seed + 2_000_003)
-        rotated = [each / every for each in rotations(transporter, changes[0], effect_b, generator)]
+        rotated = [each / every for each in rotated_shares(transporter, changes[0], effect_b, generator)]
         bar = Control.of("rotated", rotated, lambda draws: float(np.quantile(draws, QUANTILE)), f"{QUANTILE:.0%}")
-        others = [each / every for each in other_pairs(transporter, changes[0], effect_b, generator)]
+        others = [each / every for each in other_pair_shares(transporter, changes[0], effect_b, generator)]
         of_others, none = Control.of("other pairs", others, max, "largest"), "" if others else "no two pairs are equally long"
         measures.append(Measure(names[1], titles[1], value, above, bar))
         measures.append(Measure(names[2], titles[2], value, above, of_others, note=none))
     return tuple(measures)
 
 
-def _items(transporter: Transporter, draw: int) -> tuple[Tensor, Tensor]:
+def _draw_items(transporter: Transporter, draw: int) -> tuple[Tensor, Tensor]:
     """Return row_k, site_k of one draw: each prompt at one site, another in each draw, or if prompts are few, at every site."""
     prompts, sites = transporter.prompts, len(transporter.sites) - 1
     if prompts < sites:
@@ -195,13 +197,13 @@ def _decoded(transporter: Transporter, changes: Changes, row_k: Tensor, site_k: 
     return decoded(transporter.coupling, site_k, torch.stack([changes[site][row] for row, site in rows]))
 
 
-def rotations(
+def rotated_shares(
     transporter: Transporter, changes: Changes, effect_b: Tensor, generator: torch.Generator, draws: int = ROTATIONS
 ) -> list[float]:
     """Return the share of the effect that the rotated change has, for each draw of a random rotation."""
 
     def rotated_share(draw: int) -> float:
-        row_k, site_k = _items(transporter, draw)
+        row_k, site_k = _draw_items(transporter, draw)
         change_ktd = _decoded(transporter, changes, row_k, site_k)
         frame, triangle = torch.linalg.qr(torch.randn(*[change_ktd.shape[-1]] * 2, generator=generator))
         rotation_dd = (frame * triangle.diagonal().sign()).to(change_ktd)  # uniform; without the signs QR prefers some
@@ -210,13 +212,13 @@ def rotations(
     return [rotated_share(draw) for draw in range(draws)]
 
 
-def other_pairs(
+def other_pair_shares(
     transporter: Transporter, changes: Changes, effect_b: Tensor, generator: torch.Generator, draws: int = OTHER_PAIRS
 ) -> list[float]:
     """Return the share of other prompts' changes, dealt at random among equally long prompts; [] if no two are equally long."""
     found, last_b = [], transporter.masked.question.last_b.cpu()
     for draw in range(draws):
-        row_k, site_k = _items(transporter, draw)
+        row_k, site_k = _draw_items(transporter, draw)
         given_b = torch.full_like(last_b, -1)
         for last in last_b.unique():
             here_k = (last_b == last).nonzero().flatten()

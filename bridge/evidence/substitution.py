@@ -22,13 +22,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bridge.evidence.bootstrap import interval
+from bridge.evidence.bootstrap import bootstrap_interval
 from bridge.evidence.carry import Transporter
 from bridge.evidence.measures import Control, Criterion, Measure, Point
 from bridge.models.residual import Enter
 
-DELETED = 5  # number of matched draws that are also deleted
-LEAST = 0.1  # nats, the mean over the prompts; shares of a smaller d mean nothing
+DELETED_DRAWS = 5  # number of matched draws that are also deleted
+MIN_MEAN_D_NATS = 0.1  # nats, the mean over the prompts; shares of a smaller d mean nothing
 
 
 def spans(sublayers: tuple[str, ...]) -> tuple[tuple[int, int], ...]:
@@ -40,11 +40,11 @@ def spans(sublayers: tuple[str, ...]) -> tuple[tuple[int, int], ...]:
 
 
 @torch.no_grad()
-def substituted(transporter: Transporter, span: tuple[int, int], kept_f: Tensor) -> np.ndarray:
+def substitute_span(transporter: Transporter, span: tuple[int, int], kept_f: Tensor) -> np.ndarray:
     """Return d_b of the dense model with a span replaced by the sparse model under a mask."""
     (first, after), masked, found = span, transporter.masked, []
     bridges, dense = transporter.coupling.bridges, transporter.dense.residuals
-    for row_p in torch.arange(transporter.prompts).split(masked.rows):
+    for row_p in torch.arange(transporter.prompts).split(masked.rows_per_batch):
         gate, correct = masked.gates(kept_f.expand(len(row_p), -1), row_p)
         enter = Enter.at(first, bridges[first].encode(dense[first][row_p]))
         trace = masked.sparse.run(masked.question.prompt_bt[row_p], enter, gate, correct=correct, last_only=True)
@@ -72,7 +72,7 @@ def substitution_measures(
     keys, criteria = ("substitution", "complement"), (Criterion(">=", least, control_bound=of_others), Criterion("<=", of_others))
     names = "faithfulness of the circuit in place of the blocks", "fraction of d that the circuit's complement keeps there"
     dense_b = transporter.loss.model_b.double().cpu().numpy()
-    if abs(dense_b.mean()) < LEAST or not bool(kept_f.any()):
+    if abs(dense_b.mean()) < MIN_MEAN_D_NATS or not bool(kept_f.any()):
         small = f"the dense model's d is {dense_b.mean():.3f} nats on average, too little to measure a share of"
         note = small if bool(kept_f.any()) else "the circuit is empty"
         return tuple(Measure(*row, note=note) for row in zip(keys, names, (None, None), criteria, strict=True))
@@ -80,23 +80,23 @@ def substitution_measures(
     every_f, rest_f = transporter.loss.nodes_f, transporter.loss.complement(kept_f)
     points, kept_b, rest_b = [], dense_b, dense_b
     for span in (*single, whole):
-        kept_b, rest_b, every_b = (substituted(transporter, span, mask_f) for mask_f in (kept_f, rest_f, every_f))
+        kept_b, rest_b, every_b = (substitute_span(transporter, span, mask_f) for mask_f in (kept_f, rest_f, every_f))
         values = {"circuit": kept_b, "complement": rest_b, "all nodes": every_b}
         label = "all blocks" if span == whole else f"sites {span[0]} to {span[1]}"
         points.append(Point(label, {name: kept_share(d_b, dense_b) for name, d_b in values.items()}))
-    complement_cf = transporter.loss.complement(matched_cf[:DELETED])
-    shares = [kept_share(substituted(transporter, whole, mask_f), dense_b) for mask_f in (*matched_cf, *complement_cf)]
+    complement_cf = transporter.loss.complement(matched_cf[:DELETED_DRAWS])
+    shares = [kept_share(substitute_span(transporter, whole, mask_f), dense_b) for mask_f in (*matched_cf, *complement_cf)]
     alone, without = faithfulness(shares[: len(matched_cf)]).tolist(), shares[len(matched_cf) :]
     kept, rest = ((lambda pick_kb, d_b=d_b: d_b[pick_kb].sum(1) / dense_b[pick_kb].sum(1)) for d_b in (kept_b, rest_b))
     share = kept_share(kept_b, dense_b)
     return (
         Measure(
             keys[0], names[0], float(faithfulness(share)), criteria[0], Control.of("matched", alone, max, "best"),
-            interval(lambda pick_kb: faithfulness(kept(pick_kb)), len(kept_b), seed),
+            bootstrap_interval(lambda pick_kb: faithfulness(kept(pick_kb)), len(kept_b), seed),
             float(faithfulness(points[-1].values["all nodes"])), f"keeps {share:.3f} of d", tuple(points),
         ),
         Measure(
             keys[1], names[1], kept_share(rest_b, dense_b), criteria[1],
-            Control.of("matched deleted", without, min, "lowest"), interval(rest, len(rest_b), seed),
+            Control.of("matched deleted", without, min, "lowest"), bootstrap_interval(rest, len(rest_b), seed),
         ),
     )  # fmt: skip

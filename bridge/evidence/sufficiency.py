@@ -25,12 +25,15 @@ from torch import Tensor
 
 from bridge.circuits.loss import CircuitLoss, random_sets
 from bridge.circuits.masked_model import MaskedModel
-from bridge.circuits.search import Nested
+from bridge.circuits.search import NestedMasks
 
-_DRAWS, _DRAWS_LARGE = 20, 4  # supersets of a circuit, and of the two largest circuits, which are almost the whole model
-_LARGE = 2
+_SUPERSETS, _SUPERSETS_OF_LARGE = (
+    20,
+    4,
+)  # supersets of a circuit, and of the two largest circuits, which are almost the whole model
+_N_LARGE_CIRCUITS = 2
 _DENSITIES = 0.1, 0.9
-_STEPS, _STEP = 20, 0.1  # of the adversary; five steps from 1/2 can reach any mask
+_ADVERSARY_STEPS, _ADVERSARY_STEP_SIZE = 20, 0.1  # of the adversary; five steps from 1/2 can reach any mask
 _STRONGEST = 5  # number of nodes that a backup names
 
 
@@ -72,11 +75,13 @@ class Backup:
     strongest: tuple[str, ...]
 
 
-def measure_nested(loss: CircuitLoss, nested: Nested, seed: int = 0) -> tuple[NestedCircuit, ...]:
+def measure_nested(loss: CircuitLoss, nested: NestedMasks, seed: int = 0) -> tuple[NestedCircuit, ...]:
     """Measure each nested circuit, without the adversary. The two largest get fewer supersets, except at the opening level."""
     measured = []
     for place, level in enumerate(nested.levels):
-        draws = _DRAWS if place < len(nested.levels) - _LARGE or place == loss.config.opening else _DRAWS_LARGE
+        draws = (
+            _SUPERSETS if place < len(nested.levels) - _N_LARGE_CIRCUITS or place == loss.config.opening else _SUPERSETS_OF_LARGE
+        )
         superset_uf = superset_draws(loss, draws, seed + place)
         within = nested.off[place] <= 1
         measured.append(measure_circuit(loss, nested.kept(place), superset_uf, level.faithfulness, None, within))
@@ -97,7 +102,7 @@ def measure_circuit(
     rows_cf = torch.stack([kept_f, loss.complement(kept_f), kept_f & ~error_f, error_f])
     logits_rv = loss.logits(torch.cat([rows_cf, kept_f | superset_uf]))
     miss_cb = loss.miss(logits_rv).view(-1, count)
-    left_c = loss.left(logits_rv).view(-1, count).mean(1)
+    left_c = loss.fraction_left(logits_rv).view(-1, count).mean(1)
     alone, supersets_u = float(miss_cb[0].mean().abs()), 1 - miss_cb[4:].mean(1).abs()
     share = (left_c[0] - left_c[2] + left_c[3]) / 2 if bool(error_f.any()) else torch.zeros(())
     return NestedCircuit(
@@ -117,18 +122,18 @@ def measure_circuit(
     )
 
 
-def adversary(loss: CircuitLoss, kept_cf: Tensor) -> Tensor:
+def adversarial_faithfulness(loss: CircuitLoss, kept_cf: Tensor) -> Tensor:
     """Return lowest_c, the lowest faithfulness that sign steps on a mask of the nodes outside each circuit find."""
     outside_cf = loss.complement(kept_cf)
     mask_cf = torch.where(outside_cf, 0.5, kept_cf.float())
     lowest_c = torch.full((len(kept_cf),), torch.inf, device=kept_cf.device)
-    for _ in range(_STEPS):
+    for _ in range(_ADVERSARY_STEPS):
         gradient_cf, square_c = loss.masked.gradient(mask_cf, lambda logits_rv: loss.miss(logits_rv).square())
         lowest_c = torch.minimum(lowest_c, 1 - square_c.sqrt())
-        mask_cf = torch.where(outside_cf, (mask_cf + _STEP * gradient_cf.sign()).clamp(0, 1), mask_cf)
+        mask_cf = torch.where(outside_cf, (mask_cf + _ADVERSARY_STEP_SIZE * gradient_cf.sign()).clamp(0, 1), mask_cf)
     return torch.minimum(lowest_c, 1 - loss.miss(loss.masked.logits(mask_cf)).abs())
 
 
-def strongest(masked: MaskedModel, node_k: Tensor) -> tuple[str, ...]:
+def first_node_names(masked: MaskedModel, node_k: Tensor) -> tuple[str, ...]:
     """Return the names of the first nodes, at most 5."""
     return tuple(str(masked.space.node(place)) for place in node_k[:_STRONGEST].tolist())

@@ -26,11 +26,11 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from bridge.circuits.error_nodes import follow, reference_means, reference_rows
+from bridge.circuits.error_nodes import follow_dense, reference_means, reference_rows
 from bridge.circuits.loss import CircuitLoss, SearchConfig
 from bridge.circuits.masked_model import MaskedModel
 from bridge.circuits.question import Question
-from bridge.circuits.search import Nested, find_nested
+from bridge.circuits.search import NestedMasks, find_nested
 from bridge.display.progress import OnProgress, Phase, unseen
 from bridge.evidence.patching import Counterfactual
 from bridge.evidence.sufficiency import measure_nested
@@ -62,13 +62,15 @@ from bridge.models.span import SparseSpan
 from bridge.models.sparse import Location
 from bridge.nodes.description import node_labels
 from bridge.nodes.statistics import sparse_fingerprint
-from bridge.verdicts.prompt import gather, opening_of
+from bridge.verdicts.prompt import gather_evidence, opening_of
 
 MOST_NODES = 5000  # maximum number of nodes that an explanation lists and draws; the others are only counted
 MOST_EDGES = 5000  # maximum number of edges, the strongest ones
-MOST_SUMMED = 100_000  # maximum number of edges from which groups and group edges are made, the strongest ones
+MAX_EDGES_TO_GROUP = 100_000  # maximum number of edges from which groups and group edges are made, the strongest ones
 DELETED_TOKENS = 8000  # tokens of masked copies in which nodes are ablated one by one
-SHORT = 1 << 19  # nodes of a prompt; up to so many, one core runs a pass faster than two, which would wait for each other
+MAX_NODES_ON_ONE_CORE = (
+    1 << 19
+)  # nodes of a prompt; up to so many, one core runs a pass faster than two, which would wait for each other
 
 
 @torch.no_grad()
@@ -103,49 +105,51 @@ def explain(
     other_t = None if counterfactual is None else counterfactual_tokens(prompt_tokens(coupling, counterfactual), tokens_t)
     on_progress(Phase("tokens: both models' answers"))
     last_b = torch.tensor([len(tokens_t) - 1], device=tokens_t.device)
-    followed = follow(coupling, tokens_t[None], last_b)
-    patched_to = None if other_t is None else Counterfactual(other_t[None], follow(coupling, other_t[None], last_b))
+    followed = follow_dense(coupling, tokens_t[None], last_b)
+    patched_to = None if other_t is None else Counterfactual(other_t[None], follow_dense(coupling, other_t[None], last_b))
     question = question_of(coupling.dense.prompts, prompt, tokens_t, followed.dense_bv[0], target, contrast)
     used_bt = reference_rows(coupling, reference_bt)
     on_progress(Phase(f"means: {used_bt.numel():,} tokens of reference text"))
     means = reference_means(coupling, used_bt)
     masked = MaskedModel(coupling.sparse, question, means, followed.errors)
-    alone = masked.space.size <= SHORT and not isinstance(coupling.sparse, SparseSpan)  # whose dense model takes longer
-    with cores(1 if alone else torch.get_num_threads()):
+    is_single_core = masked.space.size <= MAX_NODES_ON_ONE_CORE and not isinstance(
+        coupling.sparse, SparseSpan
+    )  # whose dense model takes longer
+    with cores(1 if is_single_core else torch.get_num_threads()):
         loss = CircuitLoss(masked, followed.dense_bv, config)
-        answered = _answered(coupling, prompt, loss)
+        answered = _answer_question(coupling, prompt, loss)
         on_stage(answered)
         on_progress(Phase("search"))
-        nested = find_nested(loss, on_progress) if abs(loss.span) >= config.least_span else _none_found(loss)
+        nested = find_nested(loss, on_progress) if abs(loss.span) >= config.least_span else _empty_circuits(loss)
         on_progress(Phase("circuits: alone, in supersets, deleted"))
         circuits = measure_nested(loss, nested, seed)
         opening = opening_of(circuits, config.opening)
         kept_f = nested.kept(opening)
         on_progress(Phase("edges"))
         flow = flow_through(masked, kept_f)
-        edges = draw_edges(flow, MOST_SUMMED, on_progress)
+        edges = draw_edges(flow, MAX_EDGES_TO_GROUP, on_progress)
         pruned = prune_edges(loss, flow, edges, nested.levels[opening], seed)
         on_progress(Phase("groups"))
         groups = group_nodes(flow, edges)
-        drawn = _drawn(coupling, loss, nested, opening, flow, edges, pruned, groups)
+        drawn = _draw_circuit(coupling, loss, nested, opening, flow, edges, pruned, groups)
         on_stage(drawn)
         on_progress(Phase("attention"))
         attention, left_out = explain_attention(flow)
         replacement, completeness = replacement_and_completeness(masked, kept_f)
         none_f = torch.zeros_like(kept_f)
         group_masks = [none_f.index_fill(0, group.places(masked.space, none_f.device), True) for group in groups]
-        evidence = gather(
+        evidence = gather_evidence(
             coupling, loss, nested, circuits, opening, followed, group_masks, patched_to, seed=seed,
             progress=on_progress,
         )  # fmt: skip
-    known = vars(answered) | vars(drawn)
-    del known["sizes"]  # the nested circuits have them
-    known["groups"] = tuple(
+    parts = vars(answered) | vars(drawn)
+    del parts["sizes"]  # the nested circuits have them
+    parts["groups"] = tuple(
         replace(group, sparse_effect=lost.sparse, dense_effect=lost.dense)
         for group, lost in zip(drawn.groups, evidence.group_losses, strict=True)
     )
     return Explanation(
-        **known,
+        **parts,
         report=evidence.report,
         nested=evidence.nested,
         attention=attention,
@@ -200,7 +204,7 @@ def top_answers(prompts: Prompts, logits_v: Tensor) -> tuple[Answer, ...]:
     return tuple(Answer(token_of(prompts, token), probability) for token, probability in pairs)
 
 
-def _answered(coupling: CoupledModels, prompt: str, loss: CircuitLoss) -> Answered:
+def _answer_question(coupling: CoupledModels, prompt: str, loss: CircuitLoss) -> Answered:
     question, prompts = loss.masked.question, coupling.dense.prompts
     sparse_v = coupling.sparse.run(question.prompt_bt, last_only=True).logits_btv[0, -1].float()
     contrast = question.contrast
@@ -220,17 +224,17 @@ def _answered(coupling: CoupledModels, prompt: str, loss: CircuitLoss) -> Answer
 # -- the circuit --------------------------------------------------------------------------------------------------------------
 
 
-def _none_found(loss: CircuitLoss) -> Nested:
+def _empty_circuits(loss: CircuitLoss) -> NestedMasks:
     """Return empty circuits, for a span that is too small to search."""
     levels = loss.config.nested()
     level_f = torch.full((loss.masked.space.size,), len(levels), device=loss.model_bv.device)
-    return Nested(levels, level_f, (torch.inf,) * len(levels))
+    return NestedMasks(levels, level_f, (torch.inf,) * len(levels))
 
 
-def _drawn(
+def _draw_circuit(
     coupling: CoupledModels,
     loss: CircuitLoss,
-    nested: Nested,
+    nested: NestedMasks,
     opening: int,
     flow: Flow,
     edges: Edges,
@@ -238,7 +242,7 @@ def _drawn(
     groups: tuple[Group, ...],
 ) -> Drawn:
     masked = loss.masked
-    active = int(((values_in(masked, torch.ones_like(flow.kept_f)) != 0) & loss.nodes_f).sum())
+    active = int(((values_under_mask(masked, torch.ones_like(flow.kept_f)) != 0) & loss.nodes_f).sum())
     nodes, labels = _nodes(coupling, loss, nested, opening, groups)
     drawn = pruned.edges
     ablated = ablate_groups(flow, groups)
@@ -247,7 +251,7 @@ def _drawn(
         nodes=nodes,
         edges=tuple(
             ExplainedEdge(str(e.source), str(e.target), e.kind, e.weight, e.effect)
-            for e in drawn.some(slice(MOST_EDGES)).strongest
+            for e in drawn.select(slice(MOST_EDGES)).strongest
         ),
         groups=tuple(
             ExplainedGroup(
@@ -267,7 +271,7 @@ def _drawn(
 
 
 def _nodes(
-    coupling: CoupledModels, loss: CircuitLoss, nested: Nested, opening: int, groups: tuple[Group, ...]
+    coupling: CoupledModels, loss: CircuitLoss, nested: NestedMasks, opening: int, groups: tuple[Group, ...]
 ) -> tuple[tuple[ExplainedNode, ...], dict[str, str]]:
     """Return the nodes of the opening circuit and of the next larger one, and the labels of their channels."""
     masked, kept_f = loss.masked, nested.kept(opening)
@@ -281,7 +285,7 @@ def _nodes(
     whole_1v, without_kv = masked.logits(kept_f[None]), masked.logits_without(kept_f, measured_k)
     lost_k = masked.question.difference(whole_1v) - masked.question.difference(without_kv)
     effects = dict(zip(measured_k.tolist(), lost_k.tolist(), strict=True))
-    value_f = torch.where(kept_f, values_in(masked, kept_f), values_in(masked, above_f)).tolist()
+    value_f = torch.where(kept_f, values_under_mask(masked, kept_f), values_under_mask(masked, above_f)).tolist()
     mean_f, level_f = _means_of(masked).tolist(), nested.level_f.tolist()
     found = [(place, masked.space.node(place)) for place in sorted(place_k.tolist())]
     labels = node_labels(coupling, [Node(node.location, node.index) for _, node in found if node.location.kind != ERROR])
@@ -297,7 +301,7 @@ def _nodes(
 
 
 @torch.no_grad()
-def values_in(masked: MaskedModel, kept_f: Tensor) -> Tensor:
+def values_under_mask(masked: MaskedModel, kept_f: Tensor) -> Tensor:
     """Return value_f of each node after AbsTopK, in the run of the prompt under a mask; for an error the length of its vector."""
     assert masked.errors is not None
     gate, correct = masked.gates(kept_f[None])

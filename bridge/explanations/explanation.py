@@ -49,7 +49,7 @@ class Explanation(Explained):
             if values.get("format") != FORMAT:
                 raise ValueError(f"format {values.get('format')!r}, not {FORMAT}")
             json.dumps(values, allow_nan=False)  # Python's reader accepts NaN, which is not JSON
-            return _consistent(_READER.validate_python(values))
+            return _check_consistency(_READER.validate_python(values))
 
     def __str__(self) -> str:
         return render_text(self)
@@ -61,7 +61,7 @@ class Explanation(Explained):
 _READER = TypeAdapter(Explanation)
 
 
-def _consistent(explanation: Explanation) -> Explanation:
+def _check_consistency(explanation: Explanation) -> Explanation:
     """Return an explanation that was read. Raises ValueError if its parts do not fit each other."""
     for name in ("tokens", "dense", "sparse"):
         if not getattr(explanation, name):

@@ -23,7 +23,7 @@ from typing import Any, Literal, get_args
 import networkx as nx
 
 from bridge.explanations.explanation import ExplainError, Explanation, check_coupling
-from bridge.explanations.viewer_graph import ExportError, features_json, graph_json, opened, origin, place
+from bridge.explanations.viewer_graph import ExportError, features_json, graph_json, graph_metadata, opening_nodes, parse_end
 from bridge.models.bridges import CoupledModels
 from bridge.models.schema import ERROR
 from bridge.models.store import CheckpointError, read_json, write_json, write_text
@@ -73,14 +73,14 @@ def export(
     try:
         if to == "graphml":
             return _write_graphml(explanation, path)
-        slug = _checked("slug", slug or _slug(explanation))
+        slug = _check_slug("slug", slug or _slug(explanation))
         if to == "circuit-tracer":
             return _write_local(explanation, path, slug, pages or {})
         if scan is None:
             raise ExportError(
                 "Neuronpedia", "lists graphs under its own model ids, and none was given", "give ‹scan›, such as gpt2-small"
             )
-        return _write_neuronpedia(explanation, path, slug, _checked("scan", scan), features_url, pages or {})
+        return _write_neuronpedia(explanation, path, slug, _check_slug("scan", scan), features_url, pages or {})
     except OSError as error:
         raise ExportError(f"could not write {str(path)!r} ({error.strerror or error})", remedy="name another path") from None
 
@@ -95,7 +95,7 @@ def node_pages(coupling: CoupledModels, explanation: Explanation) -> dict[str, N
     if facts is None:
         return None
     sizes = coupling.sparse.locations()
-    names = {node.name for node in opened(explanation) if node.kind != ERROR}
+    names = {node.name for node in opening_nodes(explanation) if node.kind != ERROR}
     return {name: describe_node(coupling, facts, parse_node(name, sizes)) for name in names}
 
 
@@ -130,7 +130,7 @@ def to_networkx(explanation: Explanation) -> nx.DiGraph:
     )
     if explanation.contrast is not None:
         graph.graph["contrast"] = json.dumps(explanation.contrast.text)
-    for node in opened(explanation):
+    for node in opening_nodes(explanation):
         known = {"activation": node.activation, "mean": node.mean, "effect": node.effect}
         label = {} if node.label is None else {"label": json.dumps(node.label)}
         names = None if node.group is None else explanation.groups[node.group]
@@ -142,7 +142,7 @@ def to_networkx(explanation: Explanation) -> nx.DiGraph:
     for edge in explanation.edges:
         for end in (edge.source, edge.target):
             if end not in graph:
-                where = place(explanation, end)
+                where = parse_end(explanation, end)
                 graph.add_node(end, **where, token=json.dumps(explanation.tokens[where["position"]].text))
         graph.add_edge(edge.source, edge.target, kind=edge.kind, weight=float(edge.weight), effect=float(edge.effect))
     return graph
@@ -161,8 +161,8 @@ def _write_graphml(explanation: Explanation, path: Path) -> Exported:
 
 def _write_local(explanation: Explanation, folder: Path, slug: str, pages: Mapping[str, NodePage]) -> Exported:
     listed = folder / "graph-metadata.json"
-    graphs = _listed(listed) if listed.exists() else []
-    settings = {**origin(explanation), "pruning_settings": {"node_threshold": 1.0}}
+    graphs = _read_graph_list(listed) if listed.exists() else []
+    settings = {**graph_metadata(explanation), "pruning_settings": {"node_threshold": 1.0}}
     graph = graph_json(explanation, slug, LOCAL_SCAN, rows=2, extra={"schema_version": 1, "node_threshold": 1.0, **settings})
     for other in graphs:
         if other.get("scan") == LOCAL_SCAN and other.get("generation_settings") != settings["generation_settings"]:
@@ -188,11 +188,11 @@ def _write_local(explanation: Explanation, folder: Path, slug: str, pages: Mappi
 def _write_neuronpedia(
     explanation: Explanation, file: Path, slug: str, scan: str, features_url: str | None, pages: Mapping[str, NodePage]
 ) -> Exported:
-    if all(node.layer == 0 for node in opened(explanation) if node.kind != ERROR):
+    if all(node.layer == 0 for node in opening_nodes(explanation) if node.kind != ERROR):
         raise ExportError(
             "no node", "is above block 0, and Neuronpedia does not open such a graph", "export ‹to› circuit-tracer or graphml"
         )
-    extra: dict[str, Any] = {"node_threshold": SHOWN, **origin(explanation)}
+    extra: dict[str, Any] = {"node_threshold": SHOWN, **graph_metadata(explanation)}
     if features_url is None:
         extra["schema_version"] = 1
     elif re.fullmatch(r"https://[^\s<>\"]+", features_url):
@@ -222,7 +222,7 @@ def _write_neuronpedia(
     return Exported(file, len(graph["nodes"]), len(graph["links"]), len(features), steps)
 
 
-def _listed(file: Path) -> list[dict[str, Any]]:
+def _read_graph_list(file: Path) -> list[dict[str, Any]]:
     try:
         graphs = read_json(file).get("graphs")
     except CheckpointError:
@@ -241,7 +241,7 @@ def _slug(explanation: Explanation) -> str:
     return f"{words or 'prompt'}-{hashlib.sha256(json.dumps(asked).encode()).hexdigest()[:8]}"
 
 
-def _checked(role: str, text: str) -> str:
+def _check_slug(role: str, text: str) -> str:
     if text == "graph-metadata":
         raise ExportError(f"‹{role}› {text!r}", "is the name of the list of graphs, graph-metadata.json", "give another name")
     if _SLUG.fullmatch(text) is None:

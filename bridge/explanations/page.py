@@ -30,7 +30,7 @@ from bridge.models.store import check_target, write_text
 from bridge.nodes.description import describe_node
 from bridge.nodes.statistics import parse_node, stored_facts
 
-DESCRIBED = 500  # maximum number of nodes whose pages are included, the strongest ones
+MAX_NODE_PAGES = 500  # maximum number of nodes whose pages are included, the strongest ones
 PARTS = ("index.html", "viewer.css", "fonts.css", "viewer.js", "licences.txt")  # files in the viewer's folder, as installed
 
 
@@ -67,7 +67,7 @@ def described_nodes(
     if facts is None:
         return {}
     sizes, pages = coupling.sparse.locations(), {}
-    for node in sorted(explanation.nodes, key=lambda node: -abs(node.effect or 0))[:DESCRIBED]:
+    for node in sorted(explanation.nodes, key=lambda node: -abs(node.effect or 0))[:MAX_NODE_PAGES]:
         if node.kind != ERROR and node.name not in pages:
             page = describe_node(coupling, facts, parse_node(node.name, sizes)).to_json()
             if page["dense"] is not None:
@@ -96,10 +96,10 @@ def render_html(data: Mapping[str, Any]) -> str:
         "licences": read["licences.txt"],
         "script": script,
     }
-    return filled(read["index.html"], parts.__getitem__)
+    return fill_template(read["index.html"], parts.__getitem__)
 
 
-def filled(template: str, part: Callable[[str], str]) -> str:
+def fill_template(template: str, part: Callable[[str], str]) -> str:
     """Return a template with a part inserted for each {{name}}; inserted text is not searched again."""
     return re.sub(r"{{(.+?)}}", lambda place: part(place[1]), template)
 

@@ -27,9 +27,9 @@ LISTED_EDGES = 2  # into each listed node
 LISTED_GROUPS = 20
 LISTED_HEADS = 6
 PATHS = 3
-_LEAST = 0.005  # nats; edges of smaller effect are not shown
-_HEAD = 10  # width of the column with the section's name
-_GROUP = 38  # column at which the description of a group starts
+_MIN_EDGE_NATS = 0.005  # nats; edges of smaller effect are not shown
+_HEAD_WIDTH = 10  # width of the column with the section's name
+_GROUP_COLUMN = 38  # column at which the description of a group starts
 _ANSWERS = 4  # likeliest tokens of a model; fewer if the line is too short
 
 # -- as text ----------------------------------------------------------------------------------------------------------------
@@ -53,7 +53,7 @@ def render_text(explanation: Explained, width: int = 100, *, answer: bool = True
         textwrap.wrap(_HOW_TO_READ, width),
         textwrap.wrap(made, width),
     )
-    return "\n".join(_cut(line, width) for part in parts for line in (*part, "")).rstrip()
+    return "\n".join(_truncate(line, width) for part in parts for line in (*part, "")).rstrip()
 
 
 _HOW_TO_READ = (
@@ -78,7 +78,7 @@ def render_answer(answered: Answered, width: int = 100) -> str:
         next((line for line in sparse if len(line) <= width), sparse[-1]),
         *_wrap("question  ", f"{question(answered)}: {_span(answered)}", width),
     ]
-    return "\n".join(_cut(line, width) for line in lines)
+    return "\n".join(_truncate(line, width) for line in lines)
 
 
 def question(answered: Answered) -> str:
@@ -108,7 +108,7 @@ def _circuits(explanation: Explained, width: int) -> list[str]:
     for place, each in enumerate(explanation.nested):
         mark = ">" if place == explanation.opening else " "
         name = "full KL" if each.asked is None else f"F {each.asked:g}"
-        rows.append((f"{mark}{' ' if each.within else '!'}{name}", *_numbers(each)))
+        rows.append((f"{mark}{' ' if each.within else '!'}{name}", *_circuit_cells(each)))
     lines = columns(rows, width)
     circuit, counts = explanation.circuit, explanation.counts
     if not counts.nodes:
@@ -125,18 +125,18 @@ def _circuits(explanation: Explained, width: int) -> list[str]:
         f"{1 - share:.0%} of the span flows through nodes, {share:.0%} through errors; replacement "
         f"{explanation.replacement:.2f}, completeness {explanation.completeness:.2f}."
     )
-    lines += _wrap(" " * _HEAD, legend, width)
+    lines += _wrap(" " * _HEAD_WIDTH, legend, width)
     if (backup := explanation.backup) is not None:
         strongest = f": {', '.join(backup.strongest)}" if backup.strongest else ""
         what = (
             f"When this circuit is ablated, {backup.left:.2f} of the span is left, more than {explanation.config.left:g}: "
             f"{backup.nodes:,} other nodes back it up{strongest}."
         )
-        lines += _wrap(" " * _HEAD, what, width)
+        lines += _wrap(" " * _HEAD_WIDTH, what, width)
     return lines
 
 
-def _numbers(each: NestedCircuit) -> tuple[str, ...]:
+def _circuit_cells(each: NestedCircuit) -> tuple[str, ...]:
     adversary = "" if each.adversary is None else f"{each.adversary:.2f}"
     return (
         f"{each.nodes:,}", f"{each.errors:,}", f"{each.faithfulness:.3f}", f"{each.miss:.2f}", f"{each.kl:.3f}",
@@ -155,12 +155,16 @@ def _path(explanation: Explained, width: int) -> list[str]:
         words = []
         for each in path.steps:
             group = groups.pop(each, None)  # each group is described once
-            words.append(_end(explanation, each) if group is None else f"[{group.id}: {_what(group, group.label or group.name)}]")
-        lines += _wrap(" " * _HEAD if lines else "PATH      ", " -> ".join(words), width)
+            words.append(
+                _describe_end(explanation, each)
+                if group is None
+                else f"[{group.id}: {_describe_group(group, group.label or group.name)}]"
+            )
+        lines += _wrap(" " * _HEAD_WIDTH if lines else "PATH      ", " -> ".join(words), width)
     return lines or ["PATH      No group adds anything to the answer."]
 
 
-def _end(explanation: Explained, end: str) -> str:
+def _describe_end(explanation: Explained, end: str) -> str:
     """Return an end of a group edge in words."""
     kind, _, where = end.partition(":")
     if kind == "answer":
@@ -198,19 +202,19 @@ def _group(explanation: Explained, group: ExplainedGroup, width: int) -> list[st
     effects = (group.effect, group.sparse_effect, group.dense_effect)
     numbers = "".join(f"{'-' if effect is None else f'{effect:+.2f}':>7}" for effect in effects)
     head = f"{'':8}{f'[{group.id}]':<6}{numbers}   "
-    what = f"{_what(group, group.name)}{f': {group.label}' if group.label else ''}"
-    lines = _wrap(head, what, width, " " * _GROUP)
+    what = f"{_describe_group(group, group.name)}{f': {group.label}' if group.label else ''}"
+    lines = _wrap(head, what, width, " " * _GROUP_COLUMN)
     own = f"group:{group.id}"
     for word, end, this in (("from", "source", "target"), ("to", "target", "source")):
-        joined = [edge for edge in explanation.group_edges if getattr(edge, this) == own and abs(edge.effect) >= _LEAST]
+        joined = [edge for edge in explanation.group_edges if getattr(edge, this) == own and abs(edge.effect) >= _MIN_EDGE_NATS]
         joined.sort(key=lambda edge: -abs(edge.effect))
         if joined:
-            ends = [f"{_end(explanation, getattr(edge, end))} {edge.effect:+.2f}" for edge in joined[:6]]
-            lines += _wrap_list(f"{'':{_GROUP}}{word} ", ends, width, " " * (_GROUP + 5))
+            ends = [f"{_describe_end(explanation, getattr(edge, end))} {edge.effect:+.2f}" for edge in joined[:6]]
+            lines += _wrap_list(f"{'':{_GROUP_COLUMN}}{word} ", ends, width, " " * (_GROUP_COLUMN + 5))
     return lines
 
 
-def _what(group: ExplainedGroup, name: str) -> str:
+def _describe_group(group: ExplainedGroup, name: str) -> str:
     """Return a group's layers, kind and positions, its name, and the number of its nodes."""
     positions = ", ".join(map(str, group.positions))
     count = f"({len(group.nodes)} node{'' if len(group.nodes) == 1 else 's'})"
@@ -225,7 +229,7 @@ def _nodes(explanation: Explained, width: int) -> list[str]:
     shown = sorted(opened, key=lambda node: -abs(node.effect or 0))[:LISTED_NODES]
     inputs: dict[str, list[ExplainedEdge]] = {}
     for edge in explanation.edges:  # strongest first
-        if abs(edge.effect) >= _LEAST:
+        if abs(edge.effect) >= _MIN_EDGE_NATS:
             inputs.setdefault(edge.target, []).append(edge)
     names = {node.id: f"error at site {node.layer}" if node.kind == ERROR else node.name for node in shown}
     longest = max(map(len, names.values()), default=4)
@@ -236,20 +240,20 @@ def _nodes(explanation: Explained, width: int) -> list[str]:
         lines += [f"  {position:>3}  {token.text!r}"] if here else []
         for node in here:
             value = f"{node.activation:+.2f}" if node.activation else "inactive"
-            arrows = [_input(edge, position) for edge in inputs.get(node.id, [])[:LISTED_EDGES]]
+            arrows = [_describe_input(edge, position) for edge in inputs.get(node.id, [])[:LISTED_EDGES]]
             group = "" if node.group is None else f"[{node.group}]"
             head = f"        {names[node.id]:<{longest}}  {group:<5}{value:>8}{node.mean:>+9.2f}{node.effect or 0:>+9.2f}   "
             lines += _wrap_list(head, arrows, width) if arrows else [head.rstrip()]
             lines += textwrap.wrap(node.label, width, initial_indent=" " * 12, subsequent_indent=" " * 12) if node.label else []
     last = len(explanation.tokens) - 1
-    answer = [_input(edge, last) for edge in explanation.edges if edge.kind in ("unembedding", "bigram")]
+    answer = [_describe_input(edge, last) for edge in explanation.edges if edge.kind in ("unembedding", "bigram")]
     lines += _wrap_list("        d from ", answer[:8], width) if answer else []
     if len(opened) > len(shown):
         lines.append(f"        and {len(opened) - len(shown):,} nodes of smaller effect, which the JSON lists")
     return lines
 
 
-def _input(edge: ExplainedEdge, position: int) -> str:
+def _describe_input(edge: ExplainedEdge, position: int) -> str:
     name, _, at = edge.source.partition("@")
     return f"{name}{'' if at == str(position) else '@' + at} {edge.effect:+.2f}"
 
@@ -291,7 +295,7 @@ def _wrap_list(head: str, parts: Sequence[str], width: int, below: str | None = 
     return [line.replace("\u00a0", " ") for line in _wrap(head, marked, width, below)]
 
 
-def _cut(line: str, width: int) -> str:
+def _truncate(line: str, width: int) -> str:
     return line if len(line) <= width else line[: width - 1] + "\u2026"
 
 

@@ -11,9 +11,9 @@ from typing import TypeVar
 import torch
 
 T = TypeVar("T")
-_changing = Lock()
+_limits_lock = Lock()
 _limits: list[tuple[int, int]] = []  # thread and number of cores of each open block
-_whole = 1  # number of cores outside all blocks
+_unlimited_cores = 1  # number of cores outside all blocks
 
 
 @contextmanager
@@ -23,17 +23,17 @@ def cores(count: int) -> Iterator[None]:
     Blocks may overlap, in one thread or several, and end in any order. Each limit holds until its block ends, and after the last
     block the number of cores is the one before the first.
     """
-    global _whole
+    global _unlimited_cores
     limit = (get_ident(), count)
-    with _changing:
+    with _limits_lock:
         if not _limits:
-            _whole = _in_new_thread(torch.get_num_threads)
+            _unlimited_cores = _in_new_thread(torch.get_num_threads)
         _limits.append(limit)
         _limit_threads()
     try:
         yield
     finally:
-        with _changing:
+        with _limits_lock:
             _limits.remove(limit)
             _limit_threads()
 
@@ -43,8 +43,8 @@ def _limit_threads() -> None:
 
     Torch keeps one setting for each thread, and one for new threads. Setting the first sets the second too.
     """
-    own = min([_whole, *(count for thread, count in _limits if thread == get_ident())])
-    every = min([_whole, *(count for _, count in _limits)])
+    own = min([_unlimited_cores, *(count for thread, count in _limits if thread == get_ident())])
+    every = min([_unlimited_cores, *(count for _, count in _limits)])
     torch.set_num_threads(own)
     if every != own:
         _in_new_thread(lambda: torch.set_num_threads(every))

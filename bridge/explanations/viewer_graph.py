@@ -36,8 +36,8 @@ from bridge.explanations.text import question
 from bridge.models.schema import ERROR, KINDS, MLP_KINDS
 from bridge.nodes.description import Excerpt, NodePage
 
-ERRORS = 1_000_000  # errors have the index ERRORS + site, which is larger than the index of any channel
-PINNED = 120  # number of nodes in the subgraph that is open at first, the strongest ones
+FIRST_ERROR_INDEX = 1_000_000  # errors have the index ERRORS + site, which is larger than the index of any channel
+MAX_PINNED_NODES = 120  # number of nodes in the subgraph that is open at first, the strongest ones
 _END = re.compile(r"(?:L(\d+)\.)?(\w+)\[(\d+)\]@(\d+)")
 _TAG = re.compile(r"<(?=[A-Za-z/!?])")
 
@@ -46,7 +46,7 @@ class ExportError(UserError):
     """An explanation, a name or a path that cannot be exported. The message is one line with the remedy."""
 
 
-def place(explanation: Explanation, name: str) -> dict[str, Any]:
+def parse_end(explanation: Explanation, name: str) -> dict[str, Any]:
     """Return layer (-1: none), kind, index and position of a node, or of an edge's end (also embedding, bigram or answer)."""
     match = _END.fullmatch(name)
     if match is None or int(match[4]) >= len(explanation.tokens):
@@ -62,11 +62,11 @@ def graph_json(explanation: Explanation, slug: str, scan: str, *, rows: int, ext
     asked = (explanation.answer, *(() if explanation.contrast is None else (explanation.contrast,)))
     logits = [f"{answer}_{token.id}_{last}" for token in asked]
     into_answer = list(zip(logits, (0.5, -0.5) if len(logits) == 2 else (1.0,), strict=True))
-    drawn = opened(explanation)
+    drawn = opening_nodes(explanation)
     names = {node.id: _node_id(node, rows, answer) for node in drawn}
     weights: dict[tuple[str, str], float] = defaultdict(float)
     for edge in explanation.edges:
-        position = place(explanation, edge.source)["position"]
+        position = parse_end(explanation, edge.source)["position"]
         source = names.get(edge.source, f"E_{explanation.tokens[position].id}_{position}")
         for end, share in ((names[edge.target], 1.0),) if edge.target in names else into_answer:
             weights[source, end] += share * edge.effect
@@ -80,13 +80,13 @@ def graph_json(explanation: Explanation, slug: str, scan: str, *, rows: int, ext
     scores = [node.pop("score") for node in nodes]
     nodes = [node | {"influence": share} for node, share in zip(nodes, _cumulative(scores), strict=True)]
     nodes += [_logit_node(explanation, token, answer) for token in asked]
-    strongest = sorted(drawn, key=lambda node: -abs(node.effect or 0))[:PINNED]
+    strongest = sorted(drawn, key=lambda node: -abs(node.effect or 0))[:MAX_PINNED_NODES]
     return {
         "metadata": {
             "slug": slug,
             "scan": scan,
             "transcoder_list": [],
-            "prompt_tokens": [_plain(token.text) for token in explanation.tokens],
+            "prompt_tokens": [_escape_tags(token.text) for token in explanation.tokens],
             "prompt": explanation.prompt,
             **extra,
         },
@@ -102,21 +102,21 @@ def graph_json(explanation: Explanation, slug: str, scan: str, *, rows: int, ext
     }
 
 
-def opened(explanation: Explanation) -> list[ExplainedNode]:
+def opening_nodes(explanation: Explanation) -> list[ExplainedNode]:
     """Return the nodes of the opening circuit with its errors; nodes of larger circuits are listed, but not drawn."""
     return [node for node in explanation.nodes if node.level <= explanation.opening]
 
 
 def _answer_row(explanation: Explanation, rows: int) -> int:
     """Return the row above all blocks of the sparse model; their number is inferred from nodes and from edges into the answer."""
-    answers = [place(explanation, edge.target) for edge in explanation.edges if edge.kind in ("unembedding", "bigram")]
+    answers = [parse_end(explanation, edge.target) for edge in explanation.edges if edge.kind in ("unembedding", "bigram")]
     above = [1 + node.layer for node in explanation.nodes if node.kind != ERROR]
     return rows * max([1, *above, *(answer["layer"] for answer in answers)]) + 1
 
 
 def _row_and_index(node: ExplainedNode, rows: int, answer: int) -> tuple[int, int]:
     if node.kind == ERROR:  # in the row of the sublayer that reads its site, if blocks have two; the last below the answer
-        return min(node.layer * rows // 2, answer - 1), ERRORS + node.layer
+        return min(node.layer * rows // 2, answer - 1), FIRST_ERROR_INDEX + node.layer
     if node.kind not in KINDS:
         raise ExportError("the explanation", f"has a node {node.id!r} of the unknown kind {node.kind!r}", "explain again")
     row = rows * node.layer + (rows > 1 and node.kind in MLP_KINDS)
@@ -153,7 +153,7 @@ def _circuit_node(node: ExplainedNode, rows: int, answer: int) -> dict[str, Any]
         kind, clerp = "mlp reconstruction error", f"error at site {node.layer}"
     else:  # only this type opens the panel of the feature
         label = f": {node.label}" if node.label else ""
-        kind, clerp = "cross layer transcoder", _plain(f"{node.name} {node.activation:+.2f}{label}")
+        kind, clerp = "cross layer transcoder", _escape_tags(f"{node.name} {node.activation:+.2f}{label}")
     row, index = _row_and_index(node, rows, answer)
     numbers = {"activation": abs(node.activation), "score": abs(node.effect or 0.0)}
     return _node(_node_id(node, rows, answer), _feature(row, index), row, node.position, kind, clerp, **numbers)
@@ -166,7 +166,7 @@ def _token_node(position: int, token: int, given: Mapping[str, float]) -> dict[s
 
 def _logit_node(explanation: Explanation, token: Token, row: int) -> dict[str, Any]:
     last, probability = len(explanation.tokens) - 1, _probability(explanation, token)
-    shown = _plain(token.text).replace("(p=", "(p\u2060=")  # the viewers read the probability after the first "(p="
+    shown = _escape_tags(token.text).replace("(p=", "(p\u2060=")  # the viewers read the probability after the first "(p="
     name, clerp = f"{row}_{token.id}_{last}", f'Output "{shown}" (p={probability:.3f})'
     known = {"token_prob": probability, "is_target_logit": token.id == explanation.answer.id, "influence": 0.0}
     return _node(name, token.id, row, last, "logit", clerp, **known)
@@ -198,19 +198,19 @@ def _cumulative(scores: list[float]) -> list[float]:
 def _supernodes(explanation: Explanation, names: Mapping[str, str]) -> list[list[str]]:
     """Return the groups with at least two of the nodes in `names`, which maps ids to names in the graph."""
     groups = ((group, [names[node] for node in group.nodes if node in names]) for group in explanation.groups)
-    return [[_in_address(group.label or group.name), *members] for group, members in groups if len(members) > 1]
+    return [[_encode_for_address(group.label or group.name), *members] for group, members in groups if len(members) > 1]
 
 
-def _in_address(text: str) -> str:
+def _encode_for_address(text: str) -> str:
     """Return a label encoded for the page's address, which the viewers decode twice."""
-    return _plain(text.replace("%", "\uff05").encode(errors="replace").decode())
+    return _escape_tags(text.replace("%", "\uff05").encode(errors="replace").decode())
 
 
-def _plain(text: str) -> str:
+def _escape_tags(text: str) -> str:
     return _TAG.sub("\uff1c", text)
 
 
-def origin(explanation: Explanation) -> dict[str, Any]:
+def graph_metadata(explanation: Explanation) -> dict[str, Any]:
     """Return the metadata of a graph: its origin, with the last part of paths only, and the meaning of its numbers."""
     where, report = explanation.provenance, explanation.report
     against = "" if explanation.contrast is None else "An edge into the answer is two links, half to each logit. "
@@ -236,7 +236,7 @@ def features_json(explanation: Explanation, pages: Mapping[str, NodePage], *, ro
     """Return the features of the graph by number: from the channel's page, or from this prompt alone if it has no page."""
     nodes: dict[int, list[ExplainedNode]] = defaultdict(list)
     answer = _answer_row(explanation, rows)
-    for node in opened(explanation):
+    for node in opening_nodes(explanation):
         if node.kind != ERROR:
             nodes[_feature(*_row_and_index(node, rows, answer))].append(node)
     return {

@@ -34,15 +34,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bridge.circuits.error_nodes import Followed, follow, reference_means, reference_rows
+from bridge.circuits.error_nodes import Followed, follow_dense, reference_means, reference_rows
 from bridge.circuits.loss import CircuitLoss, SearchConfig
 from bridge.circuits.masked_model import MaskedModel, integrated_gradients
 from bridge.circuits.question import Question
 from bridge.display.progress import OnProgress, Phase, unseen
 from bridge.errors import UserError
-from bridge.evidence.bootstrap import interval
+from bridge.evidence.bootstrap import bootstrap_interval
 from bridge.evidence.carry import Transporter
-from bridge.evidence.controls import matched
+from bridge.evidence.controls import matched_nodes
 from bridge.evidence.measures import Control, Criterion, Measure, Point
 from bridge.explanations.build import prompt_tokens, question_of, token_of, top_answers
 from bridge.finetunes.grafts import KINDS, Grafts
@@ -149,7 +149,7 @@ def _of_prompt(
 ) -> PromptDiff:
     tokens_t = prompt_tokens(base, text)
     last_b = torch.tensor([len(tokens_t) - 1], device=tokens_t.device)
-    ours, theirs = (follow(one, tokens_t[None], last_b) for one in (base, tuned))
+    ours, theirs = (follow_dense(one, tokens_t[None], last_b) for one in (base, tuned))
     prompts = base.dense.prompts
     question = question_of(prompts, text, tokens_t, theirs.dense_bv[0], target, contrast)
     base_d, tuned_d = (float(question.difference(one.dense_bv)) for one in (ours, theirs))
@@ -257,7 +257,7 @@ def _edges(
             was_ji, now_ji = flows[0].weight(layer, name).detach(), theirs.weight(layer, name).detach()
             position_k, node_k = changed[to_at].nonzero(as_tuple=True)
             gradient_k = torch.stack([_gradient(flow, to_at)[position_k, node_k] for flow in flows]).mean(0)
-            effect_ki = (now_ji - was_ji)[node_k] * theirs.read(layer, name)[position_k] * gradient_k[:, None]
+            effect_ki = (now_ji - was_ji)[node_k] * theirs.matrix_input(layer, name)[position_k] * gradient_k[:, None]
             most = effect_ki.flatten().abs().topk(min(config.most_edges, effect_ki.numel())).indices
             for k, i in ((at // effect_ki.shape[1], at % effect_ki.shape[1]) for at in most.tolist()):
                 position, j = int(position_k[k]), int(node_k[k])
@@ -273,7 +273,7 @@ def _edges(
 
 def _gradient(flow: Flow, at: Location) -> Tensor:
     """Return the derivative of d with respect to the output of the matrix into the nodes of a location."""
-    passed = flow.passed(at)
+    passed = flow.output_factor(at)
     return flow.gradient[at] if passed is None else flow.gradient[at] * passed
 
 
@@ -288,7 +288,7 @@ def _transplant(
     generator = torch.Generator().manual_seed(seed + 4_000_037)
     own_f, size = grafts.own_f, masked.space.size
     matched_cf = torch.zeros(config.draws, grafts.space.size, dtype=torch.bool, device=own_f.device)
-    matched_cf[:, :size] = matched(masked, changed_f[:size], config.draws, generator)
+    matched_cf[:, :size] = matched_nodes(masked, changed_f[:size], config.draws, generator)
     displaced = [displaced_changes(grafts, changed_f, other_f) for other_f in matched_cf]
     rows = [own_f * changed_f, own_f * grafts.nodes_f, *(own_f * other_f for other_f in matched_cf), *displaced]
     added_rf = torch.stack(rows)
@@ -367,7 +367,9 @@ def _measure(base: CoupledModels, changed: Sequence[PromptDiff], config: DiffCon
         return [share([getattr(each, kind)[draw] for each in made]) for draw in range(config.draws)]
 
     own_b = np.array([each.share for each in made])
-    bounds = interval(lambda pick_kb: (own_b * change_b**2)[pick_kb].sum(1) / (change_b**2)[pick_kb].sum(1), len(own_b), seed)
+    bounds = bootstrap_interval(
+        lambda pick_kb: (own_b * change_b**2)[pick_kb].sum(1) / (change_b**2)[pick_kb].sum(1), len(own_b), seed
+    )
     displaced, kinds = drawn("displaced"), (*base.dense.sublayers, "unembed")
     points = tuple(
         Point(f"site {site} ({kinds[site]})", {

@@ -44,7 +44,7 @@ from bridge.models.sparse import Location
 HEADS = 16  # (head, query) pairs that are measured
 READS = 4  # positions listed for each head, those with the largest weights
 TERMS = 6  # channels listed for each score, and for what is moved
-_WAYS = 3  # ways of ablating: both, the pattern, the values
+_N_ABLATIONS = 3  # ways of ablating: both, the pattern, the values
 
 
 @dataclass(frozen=True)
@@ -129,13 +129,14 @@ def explain_attention(flow: Flow, *, most: int = HEADS) -> tuple[tuple[Explained
     pairs = [pair for _, *pair in sorted(sizes, reverse=True)[:most]]
     effects = _effects(flow, layers, pairs)
     heads = [
-        _explained(flow, layers[layer], layer, head, query, its) for (layer, head, query), its in zip(pairs, effects, strict=True)
+        _explain_head(flow, layers[layer], layer, head, query, its)
+        for (layer, head, query), its in zip(pairs, effects, strict=True)
     ]
     heads.sort(key=lambda each: -max(abs(each.effect), abs(each.pattern_effect), abs(each.value_effect)))
     return tuple(heads), len(sizes) - len(pairs)
 
 
-def read_by(flow: Flow, nodes: Sequence[Node]) -> Tensor:
+def attention_reads(flow: Flow, nodes: Sequence[Node]) -> Tensor:
     """Return read_t: what the heads bring to some attn_out nodes from every position, beyond the means, in terms of d."""
     read_t = torch.zeros(len(flow.tokens_t), device=flow.kept_f.device)
     for layer in sorted({node.location.layer for node in nodes}):
@@ -154,7 +155,7 @@ def _layer(flow: Flow, layer: int) -> _Layer:
     q, k, v, out = (Location(layer, kind) for kind in ("q", "k", "v", "attn_out"))
     mean = {at: flow.masked.means[at].to(value[at].dtype).expand_as(value[at]) for at in (q, k, v)}
     pattern_htt, ablated_htt = (sparse.pattern(layer, of[q][None], of[k][None])[0] for of in (value, mean))
-    passed_ts = flow.passed(out)
+    passed_ts = flow.output_factor(out)
     gradient_ts = flow.gradient[out] * flow.kept[out] * (1.0 if passed_ts is None else passed_ts)
     gradient_thc = (gradient_ts @ flow.weight(layer, "o")).unflatten(-1, (-1, channels))
     v_htc, mean_htc = (sparse.shared(sparse.heads(layer, of[v][None], rotate=False))[0] for of in (value, mean))
@@ -173,28 +174,28 @@ def _effects(flow: Flow, layers: dict[int, _Layer], pairs: list[list[int]]) -> l
         return []
     sparse, masked = flow.sparse, flow.masked
     whole = _run(flow, 1)
-    keep, _ = masked.gates(flow.kept_f.expand(_WAYS, -1))
+    keep, _ = masked.gates(flow.kept_f.expand(_N_ABLATIONS, -1))
     site_r, x_rts = [], []
     for layer, head, query in pairs:
         site, its = sparse.site(Location(layer, "attn_out")), layers[layer]
-        z_3htc = its.z_htc.repeat(_WAYS, 1, 1, 1)
+        z_3htc = its.z_htc.repeat(_N_ABLATIONS, 1, 1, 1)
         z_3htc[:, head, query] = its.ablated_3htc[:, head, query]
         before_1ts, after_3ts = (
             sparse.attended(layer, z_bhtc.transpose(1, 2).flatten(2), keep) for z_bhtc in (its.z_htc[None], z_3htc)
         )
-        x_3ts = whole.residuals[site + 1].repeat(_WAYS, 1, 1)
+        x_3ts = whole.residuals[site + 1].repeat(_N_ABLATIONS, 1, 1)
         x_3ts[:, query] += (after_3ts - before_1ts)[:, query]
-        site_r += [site + 1] * _WAYS
+        site_r += [site + 1] * _N_ABLATIONS
         x_rts.append(x_3ts)
     order_r = torch.tensor(site_r).argsort(stable=True)
     lost_r = torch.empty(len(site_r), dtype=torch.float64)
-    for some_r in order_r.split(masked.rows):
+    for some_r in order_r.split(masked.rows_per_batch):
         enter = Enter(torch.tensor(site_r)[some_r], torch.cat(x_rts)[some_r])
         logits_rv = _run(flow, len(some_r), enter).logits_btv[:, -1]
         lost_r[some_r] = (
             flow.difference - masked.question.difference(logits_rv, torch.zeros(len(some_r), dtype=torch.long)).cpu().double()
         )
-    return lost_r.unflatten(0, (-1, _WAYS)).tolist()
+    return lost_r.unflatten(0, (-1, _N_ABLATIONS)).tolist()
 
 
 def _run(flow: Flow, rows: int, enter: Enter | None = None) -> Trace:
@@ -203,7 +204,7 @@ def _run(flow: Flow, rows: int, enter: Enter | None = None) -> Trace:
     return flow.sparse.run(flow.tokens_t.expand(rows, -1), enter, gate, correct=correct, last_only=True)
 
 
-def _explained(flow: Flow, its: _Layer, layer: int, head: int, query: int, effects: list[float]) -> ExplainedHead:
+def _explain_head(flow: Flow, its: _Layer, layer: int, head: int, query: int, effects: list[float]) -> ExplainedHead:
     weight_t = its.pattern_htt[head, query]
     channels = flow.sparse.channels
     v, first, own = Location(layer, "v"), head * channels, head // flow.sparse.group * channels

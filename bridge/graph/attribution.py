@@ -41,7 +41,7 @@ import torch
 from torch import Tensor
 
 from bridge.circuits.masked_model import MaskedModel
-from bridge.circuits.question import evenly
+from bridge.circuits.question import spread_indices
 from bridge.circuits.subject import SparseSubject
 from bridge.display.progress import OnProgress, Phase, unseen
 from bridge.graph.flow import Flow, flow_through
@@ -68,7 +68,7 @@ class Ends:
         """Return end_e of the channels index_e of a location at the positions position_e."""
         return self._first[location] + position_e * self._sizes[location] + index_e
 
-    def anywhere(self, end_e: Tensor) -> Tensor:
+    def without_position(self, end_e: Tensor) -> Tensor:
         """Return the numbers of ends without their positions, that is, of the same ends at position 0."""
         first_l, size_l = (torch.tensor([*of.values()], device=end_e.device) for of in (self._first, self._sizes))
         at_e = torch.searchsorted(first_l, end_e, right=True) - 1
@@ -124,7 +124,7 @@ class Edges:
         rows = zip(*(column_e.tolist() for column_e in columns), strict=True)
         return tuple(Edge(nodes[s], nodes[t], KINDS[kind], weight, effect) for kind, s, t, weight, effect in rows)
 
-    def some(self, kept_e: Tensor | slice) -> Edges:
+    def select(self, kept_e: Tensor | slice) -> Edges:
         """Return the edges of a mask or a slice; their counts are those of the listed edges."""
         kind_e, source_e, target_e, weight_e, effect_e = (
             column_e[kept_e] for column_e in (self.kind_e, self.source_e, self.target_e, self.weight_e, self.effect_e)
@@ -134,7 +134,7 @@ class Edges:
         }
         weights: dict[EdgeKind, int] = {}
         for kind in self.weights:
-            ends = torch.stack([self.ends.anywhere(end_e[kind_e == KINDS.index(kind)]) for end_e in (source_e, target_e)])
+            ends = torch.stack([self.ends.without_position(end_e[kind_e == KINDS.index(kind)]) for end_e in (source_e, target_e)])
             weights[kind] = len(ends.unique(dim=1).T)
         return Edges(self.ends, kind_e, source_e, target_e, weight_e, effect_e, number, weights)
 
@@ -153,7 +153,7 @@ def draw_edges(flow: Flow, most: int | None = None, progress: OnProgress = unsee
 
     progress is called between two locations, and may raise to end the work.
     """
-    drawing = _Drawing(flow, most)
+    drawing = _EdgeCollector(flow, most)
     parts = (_weight_edges(flow), _gate_edges(flow), _attention_edges(flow, drawing), _residual_edges(flow), _answer_edges(flow))
     for edges in chain.from_iterable(parts):
         progress(Phase("edges"))
@@ -167,14 +167,14 @@ def task_edges(masked: MaskedModel, kept_f: Tensor, most: int = 16) -> tuple[Edg
 
     effect is what the weight adds to d over all positions, averaged over at most `most` of the prompts.
     """
-    rows = evenly(len(masked.question), most).tolist()
+    rows = spread_indices(len(masked.question), most).tolist()
     added: dict[tuple[Location, Location], Tensor] = {}
     for row in rows:
-        one = masked.only(row)
+        one = masked.on_prompt(row)
         alone = MaskedModel(one.sparse, one.question, one.means, one.errors)
         masks = {at: kept_1n.expand(alone.n_tokens, -1) for at, kept_1n in masked.space.split(kept_f).items()}
         flow = flow_through(alone, alone.space.join(masks))
-        for some in (*_weight_edges(flow), *_attention_edges(flow, _Drawing(flow, None))):
+        for some in (*_weight_edges(flow), *_attention_edges(flow, _EdgeCollector(flow, None))):
             if some.kind in COUNTED:
                 (source, from_e, _), (target, to_e, _) = some.source, some.target
                 sizes = masked.space.sizes[target], masked.space.sizes[source]
@@ -184,7 +184,7 @@ def task_edges(masked: MaskedModel, kept_f: Tensor, most: int = 16) -> tuple[Edg
     for matrix in SparseSubject(masked.sparse, masked.means).matrices():
         kind: EdgeKind = "value" if matrix.source.kind == "v" else "weight"
         effect_ji = added.get((matrix.source, matrix.target), torch.zeros_like(matrix.weight_ji))
-        for j, i in matrix.inside(kept).nonzero().tolist():
+        for j, i in matrix.edges_between(kept).nonzero().tolist():
             ends = Node(matrix.source, i), Node(matrix.target, j)
             found.append(Edge(*ends, kind, float(matrix.weight_ji[j, i]), float(effect_ji[j, i])))
     return tuple(sorted(found, key=lambda edge: -abs(edge.effect)))
@@ -194,7 +194,7 @@ _End = tuple[Location, Tensor, Tensor]  # location, index_e, position_e
 
 
 @dataclass(frozen=True, eq=False)
-class _Some:
+class _EdgeBatch:
     """Edges of one kind between two locations, with what each adds to its target and to d.
 
     If only the strongest are asked for, weaker ones may be left out. `number` counts all of them (None: none was left out), and
@@ -210,7 +210,7 @@ class _Some:
     used: tuple[Tensor, Tensor] | None = None
 
 
-class _Drawing:
+class _EdgeCollector:
     """The strongest of the added edges. There can be ten million edges, of which a page shows some thousands."""
 
     def __init__(self, flow: Flow, most: int | None) -> None:
@@ -224,7 +224,7 @@ class _Drawing:
         """Return the mask of the effects that may be among the strongest, NaN included."""
         return ~(effect.abs() < self.least)
 
-    def add(self, some: _Some) -> None:
+    def add(self, some: _EdgeBatch) -> None:
         """Count edges, and keep those that may be among the strongest."""
         self.number[some.kind] = self.number.get(some.kind, 0) + (len(some.weight_e) if some.number is None else some.number)
         if some.kind in COUNTED:
@@ -260,11 +260,11 @@ class _Drawing:
         return Edges(self.ends, kind_e, source_e, target_e, weight_e, effect_e, self.number, weights)
 
 
-def _weight_edges(flow: Flow) -> Iterator[_Some]:
+def _weight_edges(flow: Flow) -> Iterator[_EdgeBatch]:
     for name, (kind, to) in flow.sparse.matrices.items():
         for source in flow.locations(kind) if name != "o" else ():
             target, weight_ji = Location(source.layer, to), flow.weight(source.layer, name)
-            from_tn, to_tn, passed_tj = flow.kept[source], flow.kept[target], flow.passed(target)
+            from_tn, to_tn, passed_tj = flow.kept[source], flow.kept[target], flow.output_factor(target)
             column_k, row_k = (kept_tn.any(0).nonzero().flatten() for kept_tn in (from_tn, to_tn))
             row_w, column_w = weight_ji[row_k[:, None], column_k].nonzero().unbind(1)
             row_w, column_w = row_k[row_w], column_k[column_w]
@@ -273,18 +273,20 @@ def _weight_edges(flow: Flow) -> Iterator[_Some]:
             added_e = weight_ji[j, i] * flow.change[source][position, i]
             added_e = added_e if passed_tj is None else added_e * passed_tj[position, j]
             ends = (source, i, position), (target, j, position)
-            yield _Some("weight", *ends, added_e, added_e * flow.gradient[target][position, j])
+            yield _EdgeBatch("weight", *ends, added_e, added_e * flow.gradient[target][position, j])
 
 
-def _gate_edges(flow: Flow) -> Iterator[_Some]:
+def _gate_edges(flow: Flow) -> Iterator[_EdgeBatch]:
     for source in flow.locations(GATE):
         target = Location(source.layer, "mlp_act")
         position, i = (flow.kept[source] & flow.kept[target]).nonzero().unbind(1)
-        added_e = flow.mapped(source.layer, "up")[position, i] * flow.change[source][position, i]
-        yield _Some("gate", (source, i, position), (target, i, position), added_e, added_e * flow.gradient[target][position, i])
+        added_e = flow.matrix_output(source.layer, "up")[position, i] * flow.change[source][position, i]
+        yield _EdgeBatch(
+            "gate", (source, i, position), (target, i, position), added_e, added_e * flow.gradient[target][position, i]
+        )
 
 
-def _attention_edges(flow: Flow, drawing: _Drawing) -> Iterator[_Some]:
+def _attention_edges(flow: Flow, drawing: _EdgeCollector) -> Iterator[_EdgeBatch]:
     sparse, channels, group = flow.sparse, flow.sparse.channels, flow.sparse.group
     for target in flow.locations("attn_out"):
         sources = [Location(target.layer, kind) for kind in ("q", "k", "v")]
@@ -293,7 +295,7 @@ def _attention_edges(flow: Flow, drawing: _Drawing) -> Iterator[_Some]:
         local_hts = pattern_hts * sparse.score_gradient(scores_hts) / math.sqrt(channels)
         to_position_r, to_index_r = flow.kept[target].nonzero().unbind(1)
         write_rhc = flow.weight(target.layer, "o")[to_index_r].unflatten(-1, (-1, channels))
-        if (passed_tj := flow.passed(target)) is not None:
+        if (passed_tj := flow.output_factor(target)) is not None:
             write_rhc = write_rhc * passed_tj[to_position_r, to_index_r][:, None, None]
         for shared in range(sparse.heads_of_keys):  # one key-value head, and the heads that share it
             heads = slice(shared * group, (shared + 1) * group)
@@ -316,7 +318,7 @@ def _attention_edges(flow: Flow, drawing: _Drawing) -> Iterator[_Some]:
                         used_r, used_h, used_c = (there_rtc.any(1)[:, None] & (write_rhc[row_r, heads] != 0)).nonzero().unbind(1)
                         used = (heads.start + used_h) * channels + used_c, index_r[used_r]
                     r, position, c = (there_rtc & drawing.strong(effect_rtc)).nonzero().unbind(1)
-                    yield _Some(
+                    yield _EdgeBatch(
                         "value" if source.kind == "v" else "score", (source, first[source] + c, position),
                         (target, index_r[r], at_r[r]), added_rtc[r, position, c], effect_rtc[r, position, c],
                         int(there_rtc.sum()), used,
@@ -348,7 +350,7 @@ def _head_gradients(
     return q_rtc, k_rsc, torch.einsum("rgs,rgc->rsc", pattern_rgs, write_rgc)
 
 
-def _residual_edges(flow: Flow) -> Iterator[_Some]:
+def _residual_edges(flow: Flow) -> Iterator[_EdgeBatch]:
     for target in flow.locations(*READ_KINDS):
         site, kept_tn, gradient_tn = flow.sparse.site(target), flow.kept[target], flow.gradient[target]
         errors = [(at, flow.kept[at] & (flow.change[at] != 0)) for at in flow.locations(ERROR) if at.layer <= site]
@@ -358,7 +360,7 @@ def _residual_edges(flow: Flow) -> Iterator[_Some]:
             kind: EdgeKind = "embedding" if source == EMBEDDING else "error" if source.kind == ERROR else "residual"
             from_e = torch.zeros_like(index) if kind == "error" else index  # an error is one node
             ends = (source, from_e, position), (target, index, position)
-            yield _Some(kind, *ends, added_e, added_e * gradient_tn[position, index])
+            yield _EdgeBatch(kind, *ends, added_e, added_e * gradient_tn[position, index])
 
 
 def _writers(flow: Flow, site: int) -> Iterator[tuple[Location, Tensor]]:
@@ -369,13 +371,13 @@ def _writers(flow: Flow, site: int) -> Iterator[tuple[Location, Tensor]]:
             yield source, flow.kept[source]
 
 
-def _answer_edges(flow: Flow) -> Iterator[_Some]:
+def _answer_edges(flow: Flow) -> Iterator[_EdgeBatch]:
     sparse, last_site, last_1 = flow.sparse, flow.sparse.n_sites - 1, torch.tensor([len(flow.tokens_t) - 1]).to(flow.tokens_t)
     answer_1 = torch.full_like(last_1, flow.masked.question.answer)
 
-    def to_answer(kind: EdgeKind, source: Location, index_e: Tensor, position_e: Tensor, added_e: Tensor) -> _Some:
+    def to_answer(kind: EdgeKind, source: Location, index_e: Tensor, position_e: Tensor, added_e: Tensor) -> _EdgeBatch:
         answer = flow.answer, answer_1.expand_as(index_e), last_1.expand_as(index_e)
-        return _Some(kind, (source, index_e, position_e), answer, added_e, added_e)
+        return _EdgeBatch(kind, (source, index_e, position_e), answer, added_e, added_e)
 
     for source, writes_tn in _writers(flow, last_site):
         position, index = (writes_tn & (flow.answer_ts != 0)).nonzero().unbind(1)

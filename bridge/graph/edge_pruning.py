@@ -81,7 +81,7 @@ def prune_edges(loss: CircuitLoss, flow: Flow, edges: Edges, level: Level, seed:
             row_re[1:, weight_k] = random_sets(generator, _DENSITIES, count).to(row_re.device)
             row_re[:, weight_k[:size]] = True
         miss_rc = model.miss(kept_re.flatten(0, 1)).view(len(tried), -1)
-        good = (miss_rc[:, 0].abs() <= level.allowed) & (miss_rc.abs().mean(1) <= level.allowed)
+        good = (miss_rc[:, 0].abs() <= level.allowed_miss) & (miss_rc.abs().mean(1) <= level.allowed_miss)
         first = next((place for place, each in enumerate(good.tolist()) if each), None)
         if first is None:
             low = tried[-1]
@@ -89,7 +89,7 @@ def prune_edges(loss: CircuitLoss, flow: Flow, edges: Edges, level: Level, seed:
             low, high, best = tried[first - 1] if first else low, tried[first], miss_rc[first, 0]
     kept_e = ~is_weight_e
     kept_e[weight_k[:high]] = True
-    return PrunedEdges(edges.some(kept_e), before, 1 - float(best.abs()))
+    return PrunedEdges(edges.select(kept_e), before, 1 - float(best.abs()))
 
 
 class EdgeMaskedModel:

@@ -73,7 +73,7 @@ class Flow:
         """Return weight_ji of a block's matrix."""
         return self.sparse.get_parameter(f"blocks.{layer}.{name}.weight")
 
-    def read(self, layer: int, name: str) -> Tensor:
+    def matrix_input(self, layer: int, name: str) -> Tensor:
         """Return x_ti that a block's matrix reads: its nodes' values; for o, what the heads gather of the values everywhere."""
         if name != "o":
             return self.value[Location(layer, self.sparse.matrices[name][0])]
@@ -81,19 +81,19 @@ class Flow:
         v_bhtc = self.sparse.shared(self.sparse.heads(layer, v, rotate=False))
         return (self.sparse.pattern(layer, q, k) @ v_bhtc).transpose(1, 2).flatten(2)[0]
 
-    def mapped(self, layer: int, name: str) -> Tensor:
+    def matrix_output(self, layer: int, name: str) -> Tensor:
         """Return y_tj, the output of a block's matrix, its bias included."""
         bias_j = self.sparse.get_parameter(f"blocks.{layer}.{name}.bias")
-        return F.linear(self.read(layer, name), self.weight(layer, name), bias_j)
+        return F.linear(self.matrix_input(layer, name), self.weight(layer, name), bias_j)
 
-    def passed(self, target: Location) -> Tensor | None:
+    def output_factor(self, target: Location) -> Tensor | None:
         """Return passed_tj, the factor of a matrix's output at each token on its way to each node; None if it is 1."""
         if target.kind == "mlp_act" and self.sparse.form.gated:
             return self.value[Location(target.layer, GATE)]
         if not self.sparse.has_norm(target.layer, target.kind):
             return None
         name = next(name for name, (_, to) in self.sparse.matrices.items() if to == target.kind)
-        return self.sparse.after_scale(target.layer, target.kind, self.mapped(target.layer, name))
+        return self.sparse.after_scale(target.layer, target.kind, self.matrix_output(target.layer, name))
 
     def locations(self, *kinds: str) -> list[Location]:
         """Return the locations of some kinds that have a kept node."""

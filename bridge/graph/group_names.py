@@ -22,7 +22,7 @@ from functools import cache
 
 import torch
 
-from bridge.graph.attention import read_by
+from bridge.graph.attention import attention_reads
 from bridge.graph.attribution import Edges
 from bridge.graph.flow import Flow, flow_through
 from bridge.graph.groups import Ablated, Group, GroupEdge, group_edges, node_effects
@@ -34,7 +34,7 @@ LONGEST = 60  # characters of a name
 _TOKEN = 14  # characters of a token in a name
 _READS = 2  # tokens read that are named
 _SHARE = 0.25  # of the strongest source or token: others are named if they have at least this share
-FIT = 20
+MAX_OWN_RANK = 20
 _LIKE = 2  # tokens that are named
 _LEAST = 1e-3  # change in probability, below which `promotes` is left out
 
@@ -91,7 +91,7 @@ def _reads(
     there = f"at {_token(flow, own, prompts)}"
     if not into:
         there = there if own < len(flow.tokens_t) - 1 else "constant"
-        read_t = read_by(whole(), [node for node in group.nodes if node.location.kind == "attn_out"]).abs()
+        read_t = attention_reads(whole(), [node for node in group.nodes if node.location.kind == "attn_out"]).abs()
         most_read = int(read_t.argmax())
         return f"{there} (full model reads {_token(flow, most_read, prompts)})" if read_t[most_read] > 0 else there
     positions = sorted(by_position, key=lambda position: (-by_position[position], position))
@@ -114,7 +114,7 @@ def _like(flow: Flow, group: Group, prompts: Prompts) -> str:
     if not bool((pull_s * entry_vs[token]).any()):
         return ""
     pull_v = (entry_vs - flow.masked.means[EMBEDDING]) @ pull_s
-    if float(pull_v[token]) <= 0 or int((pull_v > pull_v[token]).sum()) >= FIT:
+    if float(pull_v[token]) <= 0 or int((pull_v > pull_v[token]).sum()) >= MAX_OWN_RANK:
         return ""
     ranked = [other for other in pull_v.topk(_LIKE + 1).indices.tolist() if other != token][:_LIKE]
     others = [_text(prompts, other) for other in ranked if pull_v[other] >= _SHARE * pull_v[token]]

@@ -39,7 +39,7 @@ from bridge.models.circuit import Node, NodeSpace
 from bridge.models.schema import ATTENTION_KINDS, ERROR
 from bridge.models.sparse import Location
 
-_APART = 9.0  # the distance of nodes that are never joined
+_NEVER_JOINED = 9.0  # the distance of nodes that are never joined
 _INNER = 3  # edges, at most, that follow each other in one sublayer: read, value, write
 
 Array = np.ndarray
@@ -106,7 +106,7 @@ def group_nodes(flow: Flow, edges: Edges, config: GroupConfig | None = None) -> 
     sublayer_k, position_k = _sublayers(flow, nodes), np.array([node.position for node in nodes], dtype=int)
     bucket_k = np.unique(np.stack([position_k, sublayer_k]), axis=1, return_inverse=True)[1].reshape(-1)
     if len(nodes) > config.clustered:
-        return _labelled(nodes, bucket_k)
+        return _groups_by_label(nodes, bucket_k)
     similar = _Profiles(edges, place_k, bucket_k)
     here = [(position_k == position).nonzero()[0] for position in np.unique(position_k)]
     trees = [(here_m, _tree(similar.distances(here_m), sublayer_k[here_m])) for here_m in here]
@@ -115,7 +115,7 @@ def group_nodes(flow: Flow, edges: Edges, config: GroupConfig | None = None) -> 
     label_k = np.zeros(len(nodes), dtype=int)
     for label, members_k in enumerate(clusters):
         label_k[members_k] = label
-    return _labelled(nodes, label_k)
+    return _groups_by_label(nodes, label_k)
 
 
 def group_edges(flow: Flow, edges: Edges, groups: Sequence[Group]) -> tuple[GroupEdge, ...]:
@@ -182,7 +182,7 @@ def _sublayers(flow: Flow, nodes: Sequence[Node]) -> Array:
     return np.array([order[key] if key in order else 2 * (far + key[0]) for key in keys], dtype=int)
 
 
-def _labelled(nodes: Sequence[Node], label_k: Array) -> tuple[Group, ...]:
+def _groups_by_label(nodes: Sequence[Node], label_k: Array) -> tuple[Group, ...]:
     members: dict[int, list[Node]] = {}
     for node, label in zip(nodes, label_k.tolist(), strict=True):
         members.setdefault(label, []).append(node)
@@ -245,7 +245,7 @@ def _unit(rows: csr_matrix) -> csr_matrix:
 def _tree(distance_mm: Array, sublayer_m: Array) -> Array:
     """Return the complete linkage of a position's nodes, in scipy's format."""
     apart_mm = np.abs(sublayer_m[:, None] - sublayer_m)
-    guarded_mm = np.where(apart_mm == 0, distance_mm, np.where(apart_mm == 1, 1 + distance_mm / 2, _APART))
+    guarded_mm = np.where(apart_mm == 0, distance_mm, np.where(apart_mm == 1, 1 + distance_mm / 2, _NEVER_JOINED))
     upper = np.triu_indices(len(sublayer_m), 1)
     return linkage(guarded_mm[upper], "complete") if len(sublayer_m) > 1 else np.zeros((0, 4))
 
@@ -253,7 +253,7 @@ def _tree(distance_mm: Array, sublayer_m: Array) -> Array:
 def _cut(trees: list[tuple[Array, Array]], config: GroupConfig) -> float:
     """Return the height of the cut: `distance`, or the lowest above it that leaves at most `most` groups (or the fewest)."""
     heights = np.concatenate([tree[:, 2] for _, tree in trees])
-    heights = [config.distance, *np.unique(heights[(heights > config.distance) & (heights < _APART)]).tolist()]
+    heights = [config.distance, *np.unique(heights[(heights > config.distance) & (heights < _NEVER_JOINED)]).tolist()]
     low, high = 0, len(heights) - 1
     while low < high:
         middle = (low + high) // 2

@@ -120,13 +120,13 @@ class SparseWeights(nn.Module):
 
     def achieved_l0(self) -> float:
         """Return the nonzero share of all weights of the matrices that are made sparse."""
-        return _share(self._sizes())
+        return _nonzero_fraction(self._sizes())
 
     def achieved_fractions(self) -> Fractions:
         """Return nonzero fractions of the blocks, and of embedding, positions and unembedding (without any, the blocks')."""
         sizes = self._sizes()
         blocks, embed = ({name: size for name, size in sizes.items() if embeds(name) == end} for end in (False, True))
-        return Fractions(_share(blocks), _share(embed or blocks))
+        return Fractions(_nonzero_fraction(blocks), _nonzero_fraction(embed or blocks))
 
     def n_sparse_weights(self) -> int:
         """Return the number of weights, zero or not, of the matrices that are made sparse."""
@@ -154,7 +154,7 @@ class SparseWeights(nn.Module):
                 self.compact[name] = Compact.of(weight)
 
 
-def _share(sizes: dict[str, tuple[int, int]]) -> float:
+def _nonzero_fraction(sizes: dict[str, tuple[int, int]]) -> float:
     return sum(nonzeros for nonzeros, _ in sizes.values()) / max(1, sum(count for _, count in sizes.values()))
 
 

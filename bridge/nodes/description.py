@@ -177,7 +177,7 @@ def node_labels(coupling: CoupledModels, nodes: Iterable[Node]) -> dict[str, str
 # -- writes, reads and links --------------------------------------------------------------------------------------------------
 
 
-def write_of(coupling: CoupledModels, node: Node) -> tuple[int, Tensor] | None:
+def write_vector(coupling: CoupledModels, node: Node) -> tuple[int, Tensor] | None:
     """Return (site, write_s), the vector that one unit of a node adds to the sparse residual or reads; None for q, k and gates.
 
     A write that passes through a norm is given up to that norm's scale.
@@ -204,12 +204,12 @@ def _tokens(coupling: CoupledModels, node: Node) -> tuple[str, tuple[TokenScore,
         return "none", (), ()
     if node.location.kind in READ_KINDS:
         return "embedded", *_ends(prompts, sparse.embedding[:, node.index])
-    found = write_of(coupling, node)
+    found = write_vector(coupling, node)
     return ("none", (), ()) if found is None else ("promoted", *_ends(prompts, sparse.unembedding.weight @ found[1]))
 
 
 def _dense(coupling: CoupledModels, node: Node) -> DenseDirection | None:
-    found = write_of(coupling, node)
+    found = write_vector(coupling, node)
     if found is None:
         return None
     site, write_s = found
@@ -312,7 +312,7 @@ def _summary(coupling: CoupledModels, facts: NodeFacts, node: Node, side: str | 
         token, count = min(known.items(), key=lambda item: (-item[1], item[0]), default=(0, 0))
         if count >= 2 and 2 * count >= len(contexts):
             shared.append((f"{word}{prompts.text(token)!r}", count))
-        elif not offset and (sort := _sort_of([prompts.text(token) for token in known])):
+        elif not offset and (sort := _token_kind([prompts.text(token) for token in known])):
             shared.append((f"at {sort}", len(contexts)))
     if len(contexts) > 1 and len({context.position for context in contexts}) == 1:
         shared.append((f"at position {contexts[0].position}", len(contexts)))
@@ -328,7 +328,7 @@ def _summary(coupling: CoupledModels, facts: NodeFacts, node: Node, side: str | 
     return label, f"{sign}{context}{tail}; active at {share:.1%} of {facts.n_tokens:,} tokens"
 
 
-def _sort_of(texts: list[str]) -> str:
+def _token_kind(texts: list[str]) -> str:
     """Return the kind of token that all the texts are, or '' if there is none."""
     sorts = (
         ("whitespace", lambda text: not text.strip()),

@@ -176,12 +176,12 @@ def collect_nodes(
             f"rows of {tokens_bt.shape[1]} tokens", f"are longer than the context of {sparse.context}", "shorten them"
         )
     tokens_bt = tokens_bt.cpu()
-    facts, locations = _kept(sparse, folder), list(sparse.locations())
+    facts, locations = _load_stored_facts(sparse, folder), list(sparse.locations())
     if facts is None or facts.seed != seed or list(facts.parts) != locations or not torch.equal(facts.tokens_bt, tokens_bt):
-        facts = _nothing(sparse, tokens_bt, seed)
+        facts = _empty_facts(sparse, tokens_bt, seed)
     saved, step = time.monotonic(), max(1, _STRETCH_TOKENS // tokens_bt.shape[1])
     while not facts.complete:
-        facts = _further(sparse, facts, step)
+        facts = _extend_facts(sparse, facts, step)
         if folder is not None and (facts.complete or time.monotonic() - saved >= save_seconds):
             facts.save(folder)
             saved = time.monotonic()
@@ -195,7 +195,7 @@ def stored_facts(coupling: CoupledModels, folder: str | Path | None = None, fing
 
     `fingerprint` is that of its sparse weights, if known already.
     """
-    facts = _kept(coupling.sparse, coupling.path if folder is None else folder, fingerprint)
+    facts = _load_stored_facts(coupling.sparse, coupling.path if folder is None else folder, fingerprint)
     return facts if facts is not None and facts.complete else None
 
 
@@ -235,7 +235,7 @@ def render_summary(facts: NodeFacts) -> str:
 # -- the pass ---------------------------------------------------------------------------------------------------------------
 
 
-def _nothing(sparse: SparseTransformer, tokens_bt: Tensor, seed: int) -> NodeFacts:
+def _empty_facts(sparse: SparseTransformer, tokens_bt: Tensor, seed: int) -> NodeFacts:
     parts = {}
     for at, n in sparse.locations().items():
         zero_n, double_n = torch.zeros(n, dtype=torch.long), torch.zeros(n, dtype=torch.float64)
@@ -245,7 +245,7 @@ def _nothing(sparse: SparseTransformer, tokens_bt: Tensor, seed: int) -> NodeFac
     return NodeFacts(sparse_fingerprint(sparse), seed, tokens_bt, order_p, 0, parts)
 
 
-def _kept(sparse: SparseTransformer, folder: str | Path | None, fingerprint: str | None = None) -> NodeFacts | None:
+def _load_stored_facts(sparse: SparseTransformer, folder: str | Path | None, fingerprint: str | None = None) -> NodeFacts | None:
     """Return the facts in a folder, complete or not; None if they are of other weights or damaged, to be collected again."""
     if folder is None or not (Path(folder) / "nodes.json").is_file():
         return None
@@ -256,7 +256,7 @@ def _kept(sparse: SparseTransformer, folder: str | Path | None, fingerprint: str
     return facts if facts.fingerprint == (fingerprint or sparse_fingerprint(sparse)) else None
 
 
-def _further(sparse: SparseTransformer, facts: NodeFacts, rows: int) -> NodeFacts:
+def _extend_facts(sparse: SparseTransformer, facts: NodeFacts, rows: int) -> NodeFacts:
     """Return the facts after the next rows of the text."""
     first, length = facts.rows_done, facts.tokens_bt.shape[1]
     tokens_bt = facts.tokens_bt[first : first + rows].to(sparse.device)

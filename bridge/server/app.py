@@ -36,13 +36,13 @@ from bridge.display.progress import OnProgress, Phase
 from bridge.errors import UserError
 from bridge.explanations.build import counterfactual_tokens, explain, prompt_tokens
 from bridge.explanations.explanation import Explanation
-from bridge.explanations.page import described_nodes, filled, page_data, render_html
+from bridge.explanations.page import described_nodes, fill_template, page_data, render_html
 from bridge.explanations.parts import Answered, Drawn
 from bridge.models.bridges import CoupledModels
 from bridge.models.schema import ERROR
 from bridge.models.store import CheckpointError, refused_unless_read
 from bridge.server import schema
-from bridge.server.jobs import NOTHING, FullError, Job, Jobs, Publish
+from bridge.server.jobs import NO_KNOWN_VALUES, FullError, Job, Jobs, Publish
 from bridge.server.library import Library, NotListedError, finite_json
 from bridge.server.security import Guard, Rules, one_line, page_policy, refusal
 from bridge.steering.curves import steer
@@ -78,7 +78,7 @@ def create_app(
     """The service over a library, behind the access rules; at most `waiting` jobs queue and `remembered` ended jobs are kept."""
 
     def compute(job: Job, on_progress: OnProgress, publish: Publish) -> Mapping[str, Any]:
-        on_progress(Phase("coupling" if library.loaded(job.bridge) is not None else "coupling: loading it"))
+        on_progress(Phase("coupling" if library.find_loaded(job.bridge) is not None else "coupling: loading it"))
         coupling, _ = library.load(job.bridge)
 
         def stage(known: Answered | Drawn) -> None:
@@ -120,8 +120,8 @@ def create_app(
         app.add_exception_handler(kind, handler)
     app.add_middleware(Guard, rules=rules)
     app.state.jobs = jobs
-    _reading(app, library, jobs)
-    _explaining(app, library, jobs)
+    _add_reading_routes(app, library, jobs)
+    _add_explanation_routes(app, library, jobs)
     return app
 
 
@@ -135,13 +135,13 @@ def refusals(*statuses: int) -> dict[int | str, dict[str, Any]]:
 def start_page() -> str:
     """The start page, in the style and the fonts of the explanations' pages."""
     page = (files("bridge.server") / "index.html").read_text(encoding="utf-8")
-    return filled(page, lambda name: (files("bridge") / "viewer" / name).read_text(encoding="utf-8"))
+    return fill_template(page, lambda name: (files("bridge") / "viewer" / name).read_text(encoding="utf-8"))
 
 
 # -- couplings, tasks, circuits, labels -------------------------------------------------------------------------------------
 
 
-def _reading(app: FastAPI, library: Library, jobs: Jobs) -> None:
+def _add_reading_routes(app: FastAPI, library: Library, jobs: Jobs) -> None:
     index = start_page()
     sent, policy = index.encode(), page_policy(index)
 
@@ -228,7 +228,7 @@ def _circuit_entry(name: str, folder: Path) -> schema.CircuitEntry:
 # -- explanations -----------------------------------------------------------------------------------------------------------
 
 
-def _explaining(app: FastAPI, library: Library, jobs: Jobs) -> None:
+def _add_explanation_routes(app: FastAPI, library: Library, jobs: Jobs) -> None:
     @app.get("/api/explanations", summary="All remembered explanations, the most recently used last")
     def explanations() -> Sequence[schema.JobEntry]:
         return jobs.all()
@@ -238,7 +238,7 @@ def _explaining(app: FastAPI, library: Library, jobs: Jobs) -> None:
     )
     def ask(body: schema.Prompted, response: Response) -> schema.JobEntry:
         name, _ = library.coupling(body.bridge)
-        if (there := library.loaded(name)) is not None:  # otherwise the job checks the prompt, after loading the coupling
+        if (there := library.find_loaded(name)) is not None:  # otherwise the job checks the prompt, after loading the coupling
             coupling, _ = there
             tokens_t = prompt_tokens(coupling, body.prompt)
             if body.counterfactual is not None:
@@ -257,7 +257,7 @@ def _explaining(app: FastAPI, library: Library, jobs: Jobs) -> None:
     def explanation(id: str, brief: Brief = False) -> Response:
         job = jobs.get(id)
         entry = job.model_dump_json(exclude={"packed"}).encode()
-        known = NOTHING if brief else job.known
+        known = NO_KNOWN_VALUES if brief else job.known
         return Response(entry[:-1] + b"," + known[1:], media_type="application/json")
 
     @app.delete(
@@ -275,7 +275,7 @@ def _explaining(app: FastAPI, library: Library, jobs: Jobs) -> None:
         responses=_HTML | refusals(404, 409),
     )
     def page(id: str) -> HTMLResponse:
-        text = _page(library, *_readable(jobs, id))
+        text = _page(library, *_finished_explanation(jobs, id))
         return HTMLResponse(text, headers={"Content-Security-Policy": page_policy(text)})
 
     @app.post(
@@ -283,16 +283,16 @@ def _explaining(app: FastAPI, library: Library, jobs: Jobs) -> None:
         responses=refusals(404, 409, 429),
     )  # fmt: skip
     async def steered(id: str, body: schema.Steering) -> schema.Steered:
-        job, found = await asyncio.to_thread(_readable, jobs, id)
+        job, found = await asyncio.to_thread(_finished_explanation, jobs, id)
         if body.node not in {node.id for node in found.nodes if node.kind != ERROR}:
             raise NotListedError(
                 f"there is no node {body.node!r} in this circuit",
                 remedy="give the id of one of its nodes, such as L1.mlp_act[37]@5",
             )
-        return await asyncio.wrap_future(jobs.soon(lambda: _steered(library.load(job.bridge)[0], found, body)))
+        return await asyncio.wrap_future(jobs.submit_call(lambda: _steer_node(library.load(job.bridge)[0], found, body)))
 
 
-def _readable(jobs: Jobs, id: str) -> tuple[Job, Explanation]:
+def _finished_explanation(jobs: Jobs, id: str) -> tuple[Job, Explanation]:
     """A job and its explanation. Raises NotListedError or NotDoneError."""
     job = jobs.get(id)
     if not job.readable:
@@ -312,7 +312,7 @@ def _without_folder(name: str) -> str:
     return "+".join(Path(part).name if Path(part).is_absolute() else part for part in name.split("+"))
 
 
-def _steered(coupling: CoupledModels, found: Explanation, body: schema.Steering) -> schema.Steered:
+def _steer_node(coupling: CoupledModels, found: Explanation, body: schema.Steering) -> schema.Steered:
     """The dense model's answer with the requested node set to its value, at the requested strength."""
     curve = steer(
         coupling, found.prompt, [f"{body.node}={body.value!r}"], strengths=(body.strength,), draws=1,

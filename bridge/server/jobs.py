@@ -37,7 +37,7 @@ from bridge.server.schema import JobEntry, Prompted, Stage
 
 STAGES: tuple[Stage, ...] = get_args(Stage)
 Publish = Callable[[Stage, Mapping[str, Any]], None]
-NOTHING = json.dumps(dict.fromkeys(STAGES)).encode()  # the known values of a new job: null for every stage
+NO_KNOWN_VALUES = json.dumps(dict.fromkeys(STAGES)).encode()  # the known values of a new job: null for every stage
 
 FIRST_GUESS = 30.0  # seconds that a job is assumed to take until one is done
 MOST_SHORT = 32  # short calls in the queue, at most
@@ -67,14 +67,14 @@ class Job(JobEntry):
     packed: bytes | None = None
 
     @property
-    def over(self) -> bool:
+    def has_ended(self) -> bool:
         """Whether the job has ended."""
         return self.status in ("done", "failed", "cancelled")
 
     @property
     def known(self) -> bytes:
         """The known values as JSON: an object with a key for each stage."""
-        return NOTHING if self.packed is None else zlib.decompress(self.packed)
+        return NO_KNOWN_VALUES if self.packed is None else zlib.decompress(self.packed)
 
 
 class Jobs:
@@ -101,7 +101,7 @@ class Jobs:
     def submit(self, asked: Prompted) -> Job:
         """Queue an explanation; `asked.bridge` is a coupling's listed name. Raises FullError if the queue is full."""
         with self._lock:
-            self._take(len(self._waiting), self._most_waiting, "explanations are waiting")
+            self._check_room(len(self._waiting), self._most_waiting, "explanations are waiting")
             job = Job(
                 id=secrets.token_urlsafe(9), **asked.model_dump(), status="queued", phase="waiting", place=None, stopping=False,
                 stage=None, verdict=None, asked_at=datetime.now(UTC), began_at=None, ended_at=None, readable=False,
@@ -111,10 +111,10 @@ class Jobs:
             self._worker.submit(self._run_job, job.id)
             return self._seen(job.id)
 
-    def soon(self, call: Callable[[], Any]) -> Future[Any]:
+    def submit_call(self, call: Callable[[], Any]) -> Future[Any]:
         """Queue a short call on models, run between two phases of the running job. Raises FullError if too many calls wait."""
         with self._lock:
-            self._take(len(self._short), MOST_SHORT, "requests are waiting for the models")
+            self._check_room(len(self._short), MOST_SHORT, "requests are waiting for the models")
             future: Future[Any] = Future()
             self._short.append((call, future))
             self._worker.submit(self._do_short)
@@ -165,7 +165,7 @@ class Jobs:
             return False
         return True
 
-    def _take(self, there: int, most: int, what: str) -> None:
+    def _check_room(self, there: int, most: int, what: str) -> None:
         if self._end is not None:
             raise FullError("the server is stopping", 5, "start it again")
         if there >= most:
@@ -184,7 +184,7 @@ class Jobs:
         self._set(id, **values, stopping=False, ended_at=datetime.now(UTC))
         self._jobs.move_to_end(id)
         self._cancelled.discard(id)
-        over = [each for each, job in self._jobs.items() if job.over]
+        over = [each for each, job in self._jobs.items() if job.has_ended]
         for each in over[: max(0, len(over) - self._most_remembered)]:
             del self._jobs[each]
 
@@ -199,13 +199,13 @@ class Jobs:
             self._set(id, status="running", phase="starting", began_at=datetime.now(UTC))
             job = self._jobs[id]
         started = time.monotonic()
-        ending = self._ending(job)
+        ending = self._run_to_end(job)
         with self._lock:
             if ending["status"] == "done":
                 self._seconds = time.monotonic() - started
             self._end_job(id, **ending)
 
-    def _ending(self, job: Job) -> dict[str, Any]:
+    def _run_to_end(self, job: Job) -> dict[str, Any]:
         """Run a job and return its final values."""
         id = job.id
 
@@ -218,12 +218,12 @@ class Jobs:
 
         def publish(stage: Stage, values: Mapping[str, Any]) -> None:
             self._stop_if_cancelled(id)
-            known = _known(stage, values)
+            known = _stage_fields(stage, values)
             with self._lock:
                 self._set(id, **known)
 
         try:
-            known = _known("explanation", self._compute(job, on_progress, publish))
+            known = _stage_fields("explanation", self._compute(job, on_progress, publish))
             self._stop_if_cancelled(id)
         except CancelledError:
             return {"status": "cancelled", "phase": "cancelled"}
@@ -255,7 +255,7 @@ class Jobs:
                 future.set_exception(error)
 
 
-def _known(stage: Stage, values: Mapping[str, Any]) -> dict[str, Any]:
+def _stage_fields(stage: Stage, values: Mapping[str, Any]) -> dict[str, Any]:
     """The fields of a Job that reached a stage: its values, compressed, and the fields that lists of jobs show."""
     packed = zlib.compress(json.dumps({**dict.fromkeys(STAGES), stage: values}, allow_nan=False).encode(), level=3)
     readable = stage == "explanation"

@@ -74,7 +74,7 @@ class Library:
 
     def couplings(self) -> dict[str, Path]:
         """The folders of couplings by name; the first is the default."""
-        return {name: folder for root in self._roots for name, folder in _found(root, "coupling.json")}
+        return {name: folder for root in self._roots for name, folder in _find_folders(root, "coupling.json")}
 
     def coupling(self, name: str | None) -> tuple[str, Path]:
         """The name and folder of a coupling; None means the first one. Raises NotListedError."""
@@ -91,8 +91,8 @@ class Library:
             try:
                 coupling = CoupledModels.from_pretrained(folder, dense=self.dense, device=self.device)
             except UserError as error:
-                problem = _without_folders(error.problem)
-                raise CheckpointError(f"{name!r}", f"cannot be loaded: {problem}", _without_folders(error.remedy)) from None
+                problem = _strip_folders(error.problem)
+                raise CheckpointError(f"{name!r}", f"cannot be loaded: {problem}", _strip_folders(error.remedy)) from None
             known = coupling, Fingerprints.of(coupling)
             with self._lock:
                 self._loaded[key] = known
@@ -100,7 +100,7 @@ class Library:
                     self._loaded.popitem(last=False)
             return known
 
-    def loaded(self, name: str) -> tuple[CoupledModels, Fingerprints] | None:
+    def find_loaded(self, name: str) -> tuple[CoupledModels, Fingerprints] | None:
         """The result of `load` if the coupling's current version on disk is in memory, otherwise None. Raises NotListedError."""
         return self.in_memory(self.coupling(name)[1])
 
@@ -124,7 +124,7 @@ class Library:
                 "sublayers": len(dense["sublayers"]), "context": recipe.data.context, "vocabulary": int(dense["vocabulary"]),
             }  # fmt: skip
         except (KeyError, TypeError, ValueError) as error:
-            why = _without_folders(str(error))
+            why = _strip_folders(str(error))
             raise CheckpointError(f"{folder.name!r}", f"is no coupling that this version reads ({why})", "fit it again") from None
 
     # -- labels -------------------------------------------------------------------------------------------------------------
@@ -157,7 +157,7 @@ class Library:
 
     def circuits(self) -> dict[str, Path]:
         """The folders of circuits by name; empty if no folder of circuits is served."""
-        return {} if self._circuits is None else dict(_found(self._circuits, "circuit.json"))
+        return {} if self._circuits is None else dict(_find_folders(self._circuits, "circuit.json"))
 
     def circuit(self, name: str) -> tuple[str, Path]:
         """The name and folder of a circuit. Raises NotListedError."""
@@ -181,7 +181,7 @@ def _root(path: Path, option: str) -> Path:
     return path.resolve()
 
 
-def _found(root: Path, file: str) -> Iterator[tuple[str, Path]]:
+def _find_folders(root: Path, file: str) -> Iterator[tuple[str, Path]]:
     """Names and folders that hold such a file, the root itself included; folders below a match are not searched."""
     count = 0
     for at, below, files in os.walk(root):
@@ -214,10 +214,10 @@ def _read(path: Path) -> dict[str, Any]:
     try:
         return read_json(path, **remedy)
     except CheckpointError as error:
-        raise CheckpointError(*map(_without_folders, (error.what, error.rule, error.remedy))) from None
+        raise CheckpointError(*map(_strip_folders, (error.what, error.rule, error.remedy))) from None
 
 
-def _without_folders(text: str) -> str:
+def _strip_folders(text: str) -> str:
     """A message with every quoted path cut to its last part, so clients do not learn folders."""
     return _QUOTED_FOLDERS.sub(r"\1", text)
 

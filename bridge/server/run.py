@@ -43,7 +43,7 @@ def serve(
     if everyone and token is None:
         token = secrets.token_urlsafe(24)
     library = Library(couplings, circuits, dense=dense, device=device)
-    with bound_socket(host, port) as bound:
+    with bind_socket(host, port) as bound:
         port = bound.getsockname()[1]
         app = create_app(library, Rules.for_address(host, port, token))
         name, _ = library.coupling(None)
@@ -55,11 +55,11 @@ def serve(
             progress("the token is sent unencrypted: if others can listen on the network, serve on 127.0.0.1 behind ssh or TLS")
         progress("Ctrl-C to stop")
         with contextlib.suppress(KeyboardInterrupt):
-            server_of(app).run(sockets=[bound])
+            make_server(app).run(sockets=[bound])
     return app.state.jobs.stop(0)
 
 
-class _Punctual(H11Protocol):
+class _HeadTimeoutProtocol(H11Protocol):
     """HTTP/1.1 that closes a connection if a request's head is incomplete HEAD_SECONDS after the opening or its first bytes.
 
     uvicorn itself waits forever for a head, and for the rest of a body after the request was answered.
@@ -89,16 +89,16 @@ class _Punctual(H11Protocol):
             self._deadline = None
 
 
-def server_of(app: ASGIApp) -> uvicorn.Server:
+def make_server(app: ASGIApp) -> uvicorn.Server:
     """The uvicorn server of an application, with all limits on connections."""
     config = uvicorn.Config(
-        app, http=_Punctual, log_level="warning", access_log=False, server_header=False, proxy_headers=False, backlog=BACKLOG,
-        limit_concurrency=MOST_CONNECTIONS, timeout_graceful_shutdown=2, ws="none",
+        app, http=_HeadTimeoutProtocol, log_level="warning", access_log=False, server_header=False, proxy_headers=False,
+        backlog=BACKLOG, limit_concurrency=MOST_CONNECTIONS, timeout_graceful_shutdown=2, ws="none",
     )  # fmt: skip
     return uvicorn.Server(config)
 
 
-def bound_socket(host: str, port: int) -> socket.socket:
+def bind_socket(host: str, port: int) -> socket.socket:
     """A socket that listens at an address; connections queue until they are accepted. Raises AddressError."""
     try:
         family, *_, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]

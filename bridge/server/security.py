@@ -35,7 +35,7 @@ from bridge.explanations.page import digest
 COOKIE = "bridge_token"
 TOKEN = r"[A-Za-z0-9._~+/=-]{16,}"
 BODY_SECONDS = 10.0
-SAFE = ("GET", "HEAD", "OPTIONS")
+SAFE_METHODS = ("GET", "HEAD", "OPTIONS")
 HEADERS = {
     "X-Content-Type-Options": "nosniff",
     "X-Frame-Options": "DENY",
@@ -44,7 +44,7 @@ HEADERS = {
     "Cross-Origin-Opener-Policy": "same-origin",
     "Cache-Control": "no-store",
 }
-NOTHING = "default-src 'none'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+DENY_ALL_POLICY = "default-src 'none'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
 _SCRIPT = re.compile(r"<script(?![^>]*json)[^>]*>(.*?)</script>", re.DOTALL)  # in our own pages; scripts of type JSON are data
 _log = logging.getLogger("bridge.server")
 
@@ -113,13 +113,13 @@ class Guard:
             if message["type"] == "http.response.start":
                 started = True
                 headers = MutableHeaders(scope=message)
-                for name, value in {**HEADERS, "Content-Security-Policy": NOTHING}.items():
+                for name, value in {**HEADERS, "Content-Security-Policy": DENY_ALL_POLICY}.items():
                     headers.setdefault(name, value)
             await send(message)
 
         try:
             self._check(scope)
-            receive = await self._whole_body(scope, receive)
+            receive = await self._read_body(scope, receive)
             await self.app(scope, receive, answer)
         except HTTPException as refused:
             await refusal(refused.status_code, refused.detail, refused.headers)(scope, receive, answer)
@@ -138,7 +138,7 @@ class Guard:
             known = ", ".join(sorted(self.rules.hosts))
             raise HTTPException(421, f"Host {host!r} is not served here; use one of {known}")
         self._check_token(scope, headers)
-        if scope["method"] in SAFE:
+        if scope["method"] in SAFE_METHODS:
             return
         origin, site = headers.get("origin"), headers.get("sec-fetch-site", "none")
         if (origin is not None and _authority(origin) != host) or site not in ("same-origin", "none"):
@@ -153,10 +153,10 @@ class Guard:
         shown = headers.getlist("authorization")
         given = [value.partition(" ")[2].strip() for value in shown if value.lower().startswith("bearer ")]
         given += [value for line in headers.getlist("cookie") for value in _cookies(line)]
-        if any(_same(value, token) for value in given):
+        if any(_equal_secrets(value, token) for value in given):
             return
         query = parse_qsl(scope["query_string"].decode("latin-1"), keep_blank_values=True)
-        if scope["method"] == "GET" and any(key == "token" and _same(value, token) for key, value in query):
+        if scope["method"] == "GET" and any(key == "token" and _equal_secrets(value, token) for key, value in query):
             rest = urlencode([(key, value) for key, value in query if key != "token"])
             # the path as received, without leading slashes and backslashes, which could redirect to another site
             path = "/" + scope.get("raw_path", scope["path"].encode()).decode("latin-1").partition("?")[0].lstrip("/\\")
@@ -170,7 +170,7 @@ class Guard:
             {"WWW-Authenticate": "Bearer"},
         )
 
-    async def _whole_body(self, scope: Scope, receive: Receive) -> Receive:
+    async def _read_body(self, scope: Scope, receive: Receive) -> Receive:
         """Read the whole body, and return a `receive` that replays it. Raises HTTPException if it is too large or too slow."""
         most = self.rules.most_bytes
         too_large = HTTPException(413, f"the body is larger than the limit of {most:,} bytes; send less")
@@ -230,5 +230,5 @@ def _cookies(line: str) -> list[str]:
     return [value.strip(' \t"') for name, _, value in parts if name.strip() == COOKIE]
 
 
-def _same(one: str, other: str) -> bool:
+def _equal_secrets(one: str, other: str) -> bool:
     return hmac.compare_digest(one.encode("utf-8", "surrogateescape"), other.encode())

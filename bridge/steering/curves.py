@@ -219,7 +219,7 @@ def steer(
         n_changed=n_changed,
         changed=changed,
         sites=steerer.sites,
-        norms=tuple(_share(change_1td[0], plain.residuals[at][0]) for at, change_1td in changes.items()),
+        norms=tuple(_mean_relative_norm(change_1td[0], plain.residuals[at][0]) for at, change_1td in changes.items()),
         at_once=site is not None,
         curve=tuple(curve),
         beside=tuple(beside),
@@ -258,7 +258,7 @@ def _spread(value_r: Tensor) -> Spread:
     return Spread(float(value_r.mean()), float(value_r.min()), float(value_r.max()))
 
 
-def _share(change_td: Tensor, residual_td: Tensor) -> float:
+def _mean_relative_norm(change_td: Tensor, residual_td: Tensor) -> float:
     """Return the norm of a change relative to the residual's, averaged over the positions where the change is not zero."""
     norm_t = change_td.norm(dim=-1)
     there_t = norm_t > 0

@@ -200,7 +200,7 @@ class Steerer:
         values, sizes = None if counterfactual_t is None else self._values(counterfactual_t), sparse.locations()
         self.clamps = {
             location: _clamp(its, length, sizes[location], None if values is None else values[location][0], sparse.device)
-            for location, its in _by_location(interventions).items()
+            for location, its in _group_by_location(interventions).items()
         }
         touched = sorted({sparse.site(location) for location in self.clamps})
         if site is not None and touched[0] >= site:
@@ -266,7 +266,7 @@ class Steerer:
         return gate
 
 
-def _by_location(interventions: Iterable[Intervention]) -> dict[Location, list[Intervention]]:
+def _group_by_location(interventions: Iterable[Intervention]) -> dict[Location, list[Intervention]]:
     found: dict[Location, dict[Node, Intervention]] = {}
     for each in interventions:
         found.setdefault(each.node.location, {})[each.node] = each

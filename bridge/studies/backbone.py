@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 LEAST_TASKS = 3
-APART = 0.3  # aim: mean overlap of two tasks' own nodes, at most
+MAX_OWN_OVERLAP = 0.3  # aim: mean overlap of two tasks' own nodes, at most
 
 
 @dataclass(frozen=True)
@@ -40,21 +40,21 @@ class Backbone:
     @property
     def mean_jaccard(self) -> float:
         """Mean Jaccard index of two tasks' own nodes, not corrected for chance."""
-        return off_diagonal(self.jaccard) or 0.0
+        return off_diagonal_mean(self.jaccard) or 0.0
 
     @property
     def mean_overlap(self) -> float:
         """Mean overlap of two tasks' own nodes, beyond chance."""
-        return off_diagonal(self.overlap) or 0.0
+        return off_diagonal_mean(self.overlap) or 0.0
 
     @property
-    def apart(self) -> float | None:
+    def mean_cross_effect(self) -> float | None:
         """Mean rise of a loss with another task's own nodes deleted, over that with its own deleted; None if no loss rises."""
-        return off_diagonal(shares(self.rise))
+        return off_diagonal_mean(relative_effects(self.rise))
 
     def text(self) -> str:
         """The backbone as a text table."""
-        met = "yes" if self.mean_overlap <= APART else "NO"
+        met = "yes" if self.mean_overlap <= MAX_OWN_OVERLAP else "NO"
         width = max(map(len, self.tasks))
         lines = [f"SHARED BACKBONE: {self.nodes:,} nodes are in at least half of {len(self.tasks)} circuits"]
         lines.append(f"  {'':<{width}}  in it         own  rise of its loss: own nodes deleted, another task's (mean)")
@@ -64,10 +64,12 @@ class Backbone:
             lines.append(f"  {name:<{width}}  {self.shared[place]:>5,}  {self.own[place]:>10,}  {rises}")
         lines.append(
             f"  overlap of two tasks' own nodes: Jaccard {self.mean_jaccard:.2f}, beyond chance {self.mean_overlap:.2f}, "
-            f"aim <= {APART:g}: {met}"
+            f"aim <= {MAX_OWN_OVERLAP:g}: {met}"
         )
-        if self.apart is not None:
-            lines.append(f"  effect of another task's own nodes, as a share of the task's own effect (mean): {self.apart:.2f}")
+        if self.mean_cross_effect is not None:
+            lines.append(
+                f"  effect of another task's own nodes, as a share of the task's own effect (mean): {self.mean_cross_effect:.2f}"
+            )
         return "\n".join(lines)
 
 
@@ -102,13 +104,13 @@ def own_overlap(one_f: Tensor, other_f: Tensor, of: int) -> tuple[float, float]:
     return jaccard, (jaccard - chance) / (1 - chance) if chance < 1 else 0.0
 
 
-def shares(rise_ab: Sequence[Sequence[float]]) -> tuple[tuple[float | None, ...], ...]:
+def relative_effects(rise_ab: Sequence[Sequence[float]]) -> tuple[tuple[float | None, ...], ...]:
     """rise_ab over rise_bb: the effect on b of deleting a, over that of deleting b; None if rise_bb is at most 1e-3."""
     own_b = [row[b] for b, row in enumerate(rise_ab)]
     return tuple(tuple(rise / own if own > 1e-3 else None for rise, own in zip(row, own_b, strict=True)) for row in rise_ab)
 
 
-def off_diagonal(x_ab: Sequence[Sequence[float | None]]) -> float | None:
+def off_diagonal_mean(x_ab: Sequence[Sequence[float | None]]) -> float | None:
     """Mean of the entries off the diagonal that are not None; None if there are none."""
     off = [x for a, row in enumerate(x_ab) for b, x in enumerate(row) if a != b and x is not None]
     return sum(off) / len(off) if off else None

@@ -23,17 +23,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bridge.circuits.subject import SparseSubject, masked_gate, switched_on
+from bridge.circuits.subject import SparseSubject, active_nodes, masked_gate
 from bridge.data.task_tokens import TokenPairs
 from bridge.display.plots import draw, svg
 from bridge.display.progress import OnProgress, Phase, unseen
 from bridge.evidence.controls import random_deletions
 from bridge.models.store import as_json
-from bridge.studies.backbone import Backbone, find_backbone, off_diagonal, shares
+from bridge.studies.backbone import Backbone, find_backbone, off_diagonal_mean, relative_effects
 from bridge.studies.result import Size, TaskResult
 from bridge.verdicts.task_search import expected_overlap
 
-APART = 0.1  # aim: off-diagonal effects as a share of the diagonal, at most
+MAX_CROSS_EFFECT = 0.1  # aim: off-diagonal effects as a share of the diagonal, at most
 DRAWS = 3  # random deletions per task
 
 
@@ -66,23 +66,28 @@ class Comparison:
     @property
     def share(self) -> tuple[tuple[float | None, ...], ...]:
         """rise_ab over rise_bb: the effect on b of deleting a, over that of deleting b; None if rise_bb is at most 1e-3."""
-        return shares(self.rise)
+        return relative_effects(self.rise)
 
     @property
-    def apart(self) -> float | None:
+    def mean_cross_effect(self) -> float | None:
         """Mean of `share` off the diagonal."""
-        return off_diagonal(self.share)
+        return off_diagonal_mean(self.share)
 
     def to_json(self) -> dict[str, Any]:
         """The comparison as plain JSON values."""
         values = as_json(self)
         if self.backbone is not None:
             shared = {"mean_jaccard": self.backbone.mean_jaccard, "mean_overlap": self.backbone.mean_overlap}
-            values["backbone"] |= {**shared, "off_diagonal": self.backbone.apart}
-        return {**values, "share": [list(row) for row in self.share], "off_diagonal": self.apart, "aim": APART}
+            values["backbone"] |= {**shared, "off_diagonal": self.backbone.mean_cross_effect}
+        return {
+            **values,
+            "share": [list(row) for row in self.share],
+            "off_diagonal": self.mean_cross_effect,
+            "aim": MAX_CROSS_EFFECT,
+        }
 
 
-def overlap(first: str, second: str, what: str, shared: int, sizes: tuple[int, int], of: int) -> Overlap:
+def measure_overlap(first: str, second: str, what: str, shared: int, sizes: tuple[int, int], of: int) -> Overlap:
     """Overlap of two sets of the given sizes out of `of` items, beside chance."""
     from scipy.stats import hypergeom  # takes .4 s to import, which other commands do not need
 
@@ -103,7 +108,7 @@ def compare(
     names = tuple(result.facts.task for result in results)
     kept = {name: subject.space.join(result.circuit.kept).to(subject.device) for name, result in zip(names, results, strict=True)}
     generator = torch.Generator().manual_seed(seed)
-    on_f = torch.stack([switched_on(subject, pairs.to(subject.device)) for pairs in prompts.values()]).any(0)
+    on_f = torch.stack([active_nodes(subject, pairs.to(subject.device)) for pairs in prompts.values()]).any(0)
 
     def losses(gone_f: Tensor) -> list[float]:
         gate = masked_gate(subject, ~gone_f)
@@ -119,20 +124,20 @@ def compare(
         random.append(tuple(sum(column) / len(column) - y if column else None for column, y in zip(columns, base, strict=True)))
     progress(Phase("shared backbone"))
     backbone = find_backbone(names, torch.stack(list(kept.values())), losses) if names else None
-    return Comparison(names, _overlaps(results, kept), tuple(base), tuple(rise), tuple(random), backbone)
+    return Comparison(names, _compare_pairs(results, kept), tuple(base), tuple(rise), tuple(random), backbone)
 
 
-def _overlaps(results: Sequence[TaskResult], kept: Mapping[str, Tensor]) -> tuple[Overlap, ...]:
+def _compare_pairs(results: Sequence[TaskResult], kept: Mapping[str, Tensor]) -> tuple[Overlap, ...]:
     found = []
     for place, one in enumerate(results):
         for other in results[place + 1 :]:
             names = one.facts.task, other.facts.task
             nodes = tuple(int(kept[name].sum()) for name in names)
             shared = int((kept[names[0]] & kept[names[1]]).sum())
-            found.append(overlap(*names, "nodes", shared, (nodes[0], nodes[1]), one.facts.whole.nodes))
+            found.append(measure_overlap(*names, "nodes", shared, (nodes[0], nodes[1]), one.facts.whole.nodes))
             edges = [{(edge.source, edge.target) for edge in result.circuit.edges or ()} for result in (one, other)]
             sizes = len(edges[0]), len(edges[1])
-            found.append(overlap(*names, "edges", len(edges[0] & edges[1]), sizes, one.facts.whole.edges))
+            found.append(measure_overlap(*names, "edges", len(edges[0] & edges[1]), sizes, one.facts.whole.edges))
     return tuple(found)
 
 
@@ -176,9 +181,9 @@ def render_comparison(comparison: Comparison) -> str:
     for name, rise, random in zip(comparison.tasks, comparison.rise, comparison.random, strict=True):
         cells = [f"{x:+.2f} ({'none' if y is None else f'{y:+.2f}'})" for x, y in zip(rise, random, strict=True)]
         lines.append(f"  {name:<{width}}" + "  ".join(f"{cell:>14}" for cell in cells))
-    if comparison.apart is not None:
-        met = "yes" if comparison.apart <= APART else "NO"
-        lines.append(f"  off the diagonal: {comparison.apart:.2f} of the column's own rise (mean), aim <= {APART:g}: {met}")
+    if comparison.mean_cross_effect is not None:
+        met = f"aim <= {MAX_CROSS_EFFECT:g}: {'yes' if comparison.mean_cross_effect <= MAX_CROSS_EFFECT else 'NO'}"
+        lines.append(f"  off the diagonal: {comparison.mean_cross_effect:.2f} of the column's own rise (mean), {met}")
     if comparison.backbone is not None:
         lines += ["", comparison.backbone.text()]
     lines += ["", "OVERLAP                                             shared  by chance       p"]

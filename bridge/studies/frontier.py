@@ -256,10 +256,10 @@ def frontier_figure(frontier: Frontier) -> Any:
 def _label(point: CouplingPoint) -> str:
     name = "" if point.loaded is None else f" {point.name}"
     solved = "" if point.solved == len(point.tasks) else f" ({point.solved}/{len(point.tasks)})"
-    return f"{_share(point.l0)}{name}{solved}"
+    return f"{_format_fraction(point.l0)}{name}{solved}"
 
 
-def _share(l0: float) -> str:
+def _format_fraction(l0: float) -> str:
     """The fraction as 1/n if it is within 2% of 1/n, otherwise as a number."""
     of = round(1 / l0) if l0 > 0 else 0
     return f"1/{of}" if of > 1 and abs(l0 * of - 1) < 0.02 else f"{l0:.3g}"

@@ -33,7 +33,7 @@ from bridge.verdicts.task_search import TaskLevel
 
 FORMAT = 2
 Null = Literal["labels", "weights", "shuffled"]
-NULLS: dict[Null, str] = {
+NULL_DESCRIPTIONS: dict[Null, str] = {
     "labels": "every answer token replaced by one drawn at random, the same one everywhere",
     "weights": "every matrix of the sparse model with its entries permuted",
     "shuffled": "every pair given the answers of another pair, right and wrong exchanged in half of the pairs",
@@ -146,9 +146,9 @@ class TaskResult:
             if facts.get("format") != FORMAT:
                 raise ValueError(f"format {facts.get('format')!r}, not {FORMAT}")
             found = _READER.validate_python({"facts": facts["facts"], "report": facts["report"]})
-            task_facts, level = found.facts, _by_location("level", tensors)
+            task_facts, level = found.facts, _read_by_location("level", tensors)
             circuit = _circuit_of(task_facts.task, {at: level_n <= task_facts.opening for at, level_n in level.items()}, tensors)
-        return TaskResult(circuit, level, _by_location("inclusion", tensors), found.report, task_facts)
+        return TaskResult(circuit, level, _read_by_location("inclusion", tensors), found.report, task_facts)
 
     def __str__(self) -> str:
         return render_text(self)
@@ -198,10 +198,10 @@ def _circuit_of(task: str, kept: Mapping[Location, Tensor], tensors: Mapping[str
             tensors["edges.ends"].tolist(), tensors["edges.values"].tolist(), strict=True
         )
     )
-    return Circuit(task, {at: kept_n[None] for at, kept_n in kept.items()}, _by_location("means", tensors), edges)
+    return Circuit(task, {at: kept_n[None] for at, kept_n in kept.items()}, _read_by_location("means", tensors), edges)
 
 
-def _by_location(prefix: str, tensors: Mapping[str, Tensor]) -> dict[Location, Tensor]:
+def _read_by_location(prefix: str, tensors: Mapping[str, Tensor]) -> dict[Location, Tensor]:
     """The tensors whose names start with a prefix, by location, in the order of the computation."""
     found = {}
     for name, tensor in tensors.items():
@@ -234,7 +234,7 @@ def render_text(result: TaskResult, width: int = 100, labels: Mapping[str, str] 
     ]
     if facts.null is not None:
         passes = "PASSES, which is a failure of the method" if result.passed else "fails, as it must"
-        lines.append(f"NULL      {facts.null}: {NULLS[facts.null]}. It {passes}.")
+        lines.append(f"NULL      {facts.null}: {NULL_DESCRIPTIONS[facts.null]}. It {passes}.")
     lines += [
         "",
         *textwrap.wrap(f"VERDICT   {report.verdict.upper()}. {' '.join(report.reasons)}", width, subsequent_indent=" " * 10),

@@ -138,9 +138,9 @@ def search_task(
         permuted = replace(subjects.coupling, sparse=permuted_weights(subjects.coupling.sparse, seed))
         subjects = replace(subjects, coupling=permuted)
     elif null == "labels":
-        task = _altered(task, lambda pairs, _: random_labels(pairs, subjects.coupling.dense.vocabulary, seed))
+        task = _alter_splits(task, lambda pairs, _: random_labels(pairs, subjects.coupling.dense.vocabulary, seed))
     elif null == "shuffled":
-        task = _altered(task, lambda pairs, place: dealt_anew(pairs, seed + place))
+        task = _alter_splits(task, lambda pairs, place: exchange_answers(pairs, seed + place))
     coupling, subject = subjects.coupling, subjects.sparse
     on_progress(Phase("gate: accuracy of both models on the task"))
     of_test = task.splits["test"].to(subject.device)
@@ -155,19 +155,21 @@ def search_task(
 
     loss_on = partial(task_loss, coupling, subjects.means, config=config, dense=explains == "dense")
     losses = task_losses(task, loss_on)
-    found = [losses.opened(within(on_progress, f"seed {n}: " if seeds > 1 else ""), n) for n in range(seed, seed + seeds)]
+    found = [
+        losses.find_opening_circuit(within(on_progress, f"seed {n}: " if seeds > 1 else ""), n) for n in range(seed, seed + seeds)
+    ]
     opened = [one.kept(0) for one in found]
     best = min(range(seeds), key=lambda place: (found[place].off[0] > 1, int(opened[place].sum())))
-    around = losses.nested(on_progress, opened[best]) if nested else found[best]
+    nested_search = losses.find_nested_circuits(on_progress, opened[best]) if nested else found[best]
     kept_f, nodes_f = opened[best], losses.test.nodes_f
     on_progress(Phase("edges"))
     edges = task_edges(losses.test.masked, kept_f)
-    size, why_not = _dense(subjects, task, config, on_progress) if dense else (None, NOT_ASKED)
+    size, why_not = _try_dense_circuit(subjects, task, config, on_progress) if dense else (None, NOT_ASKED)
 
-    places = range(len(around.levels))
-    edge_counts = [edge_count(subject, around.kept(place)[nodes_f]) for place in places]
+    places = range(len(nested_search.levels))
+    edge_counts = [edge_count(subject, nested_search.kept(place)[nodes_f]) for place in places]
     report, levels = gather_task(
-        losses.test, around, opened, edge_counts, None if size is None else size.edges, scores, dense_scores, seed=seed,
+        losses.test, nested_search, opened, edge_counts, None if size is None else size.edges, scores, dense_scores, seed=seed,
         progress=on_progress,
     )  # fmt: skip
     runs = (
@@ -189,7 +191,7 @@ def search_task(
         levels=levels,
         opening=config.opening,
         errors=tuple(space.node(place).name for place in (kept_f & ~nodes_f).nonzero().flatten().tolist()),
-        entries=_entries(subject, kept, task.splits["test"].both().to(subject.device)),
+        entries=_count_used_weights(subject, kept, task.splits["test"].both().to(subject.device)),
         dense_whole=None if size is None else whole_size(subjects.dense),
         dense=size,
         why_not_dense=why_not,
@@ -198,8 +200,8 @@ def search_task(
     )
     return TaskResult(
         Circuit(task.task, kept, subject.means, edges),
-        _by_location(subject, around.level_f[nodes_f].to(torch.int8)),
-        _by_location(subject, torch.stack(opened).float().mean(0)[nodes_f]),
+        _split_by_location(subject, nested_search.level_f[nodes_f].to(torch.int8)),
+        _split_by_location(subject, torch.stack(opened).float().mean(0)[nodes_f]),
         report,
         facts,
     )
@@ -226,33 +228,35 @@ def search_dense(
             f"answers {scores.accuracy:.1%} of {task.task} right, less than {SOLVED:.0%}, so there is no circuit to find",
             "take another task",
         )
-    return _dense_size(subjects, task, search_config(level, budget), progress)
+    return _search_dense_circuit(subjects, task, search_config(level, budget), progress)
 
 
-def _dense(subjects: Subjects, task: Resolved, config: SearchConfig, on_progress: OnProgress) -> tuple[Size | None, str]:
+def _try_dense_circuit(
+    subjects: Subjects, task: Resolved, config: SearchConfig, on_progress: OnProgress
+) -> tuple[Size | None, str]:
     """The size of the dense model's own circuit, or None with the reason: its maps are not found, or the span is too small."""
     try:
-        return _dense_size(subjects, task, config, on_progress), ""
+        return _search_dense_circuit(subjects, task, config, on_progress), ""
     except (DenseModelError, SearchError) as error:
         return None, str(error)
 
 
-def _dense_size(subjects: Subjects, task: Resolved, config: SearchConfig, on_progress: OnProgress) -> Size:
+def _search_dense_circuit(subjects: Subjects, task: Resolved, config: SearchConfig, on_progress: OnProgress) -> Size:
     losses = task_losses(task, partial(dense_loss, subjects.dense, config=config))
-    kept_f = losses.opened(within(on_progress, "dense: ")).kept(0)
+    kept_f = losses.find_opening_circuit(within(on_progress, "dense: ")).kept(0)
     return Size(int(kept_f.sum()), edge_count(subjects.dense, kept_f))
 
 
-def _by_location(subject: SparseSubject, x_f: Tensor) -> dict[Location, Tensor]:
+def _split_by_location(subject: SparseSubject, x_f: Tensor) -> dict[Location, Tensor]:
     return {at: x_1n[0] for at, x_1n in subject.space.split(x_f).items()}
 
 
-def _altered(task: Resolved, alter: Callable[[TokenPairs, int], TokenPairs]) -> Resolved:
+def _alter_splits(task: Resolved, alter: Callable[[TokenPairs, int], TokenPairs]) -> Resolved:
     """The task with the pairs of every split altered by `alter(pairs, index of the split)`."""
     return replace(task, splits={name: alter(pairs, place) for place, (name, pairs) in enumerate(task.splits.items())})
 
 
-def _entries(subject: SparseSubject, kept: Mapping[Location, Tensor], prompts: TokenPairs) -> Mapping[str, int]:
+def _count_used_weights(subject: SparseSubject, kept: Mapping[Location, Tensor], prompts: TokenPairs) -> Mapping[str, int]:
     """Numbers of embedding, unembedding and bigram weights that the circuit uses on some prompts."""
     sparse = subject.sparse
     read_s = torch.zeros(sparse.width, dtype=torch.bool, device=subject.device)
@@ -287,7 +291,7 @@ def random_labels(pairs: TokenPairs, vocabulary: int, seed: int) -> TokenPairs:
     return replace(pairs, answer_bk=nonsense(pairs.answer_bk), wrong_bk=nonsense(pairs.wrong_bk))
 
 
-def dealt_anew(pairs: TokenPairs, seed: int) -> TokenPairs:
+def exchange_answers(pairs: TokenPairs, seed: int) -> TokenPairs:
     """The pairs with the answers of other pairs; right and wrong are exchanged in half of the pairs."""
     generator = torch.Generator().manual_seed(seed)
     from_b = torch.randperm(len(pairs), generator=generator)

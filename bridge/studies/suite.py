@@ -11,7 +11,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from bridge.circuits.task_search import TASK_SEARCH, NoCircuitError, SearchError, measured_prompts
+from bridge.circuits.task_search import TASK_SEARCH, NoCircuitError, SearchError, test_prompts
 from bridge.data.task_pairs import load_task
 from bridge.data.task_tokens import Resolved, resolve
 from bridge.display.columns import columns
@@ -21,7 +21,7 @@ from bridge.huggingface.site_discovery import DenseModelError
 from bridge.models.store import read_json, write_json
 from bridge.nodes.description import node_labels
 from bridge.studies.compare import Sizes, compare, heat_map, mean_sizes, render_comparison
-from bridge.studies.result import NULLS, Size, TaskResult, render_text, save_failure
+from bridge.studies.result import NULL_DESCRIPTIONS, Size, TaskResult, render_text, save_failure
 from bridge.studies.search import NOT_ASKED, Subjects, UnsolvedError, model_facts, search_task, whole_size
 
 
@@ -48,8 +48,8 @@ def run_task(subjects: Subjects, name: str, *, out: Path | None, progress: OnPro
         if null is None:
             raise
         if out is not None:
-            save_failure(out, name, str(error), whole_size(subjects.sparse), None, _asked(subjects, task, options))
-        return f"NULL      {null}: {NULLS[null]}. It fails, as it must: {error}."
+            save_failure(out, name, str(error), whole_size(subjects.sparse), None, _search_identity(subjects, task, options))
+        return f"NULL      {null}: {NULL_DESCRIPTIONS[null]}. It fails, as it must: {error}."
     if out is not None:
         result.save(out)
     return render_text(result, width, node_labels(subjects.coupling, result.circuit.nodes))
@@ -64,11 +64,11 @@ def run_suite(
     for name, task in tasks.items():
         folder = None if out is None else out / folder_name(name)
         on_progress = within(progress, f"{folder_name(name)}: ")
-        asked = _asked(subjects, task, options)
+        asked = _search_identity(subjects, task, options)
         if folder is not None and (folder / "circuit.json").is_file():
             facts = read_json(folder / "circuit.json")
             if "failed" not in facts:
-                results.append(_same(TaskResult.load(folder), asked, folder))
+                results.append(_check_same_search(TaskResult.load(folder), asked, folder))
                 size, verdict = results[-1].facts.size, results[-1].report.verdict
                 yield f"task      {name}: {size.nodes:,} nodes, {size.edges:,} edges, {verdict}; already searched"
                 continue
@@ -81,7 +81,7 @@ def run_suite(
         except SearchError as error:
             failed += 1
             if folder is not None:
-                save_failure(folder, name, str(error), whole_size(subjects.sparse), _dense_size(subjects, options), asked)
+                save_failure(folder, name, str(error), whole_size(subjects.sparse), _whole_dense_size(subjects, options), asked)
             yield f"task      {name}: {'unsolved' if isinstance(error, UnsolvedError) else 'no circuit'}: {error}"
             continue
         results.append(result)
@@ -91,7 +91,7 @@ def run_suite(
     yield _compared(subjects, results, {task.task: task for task in tasks.values()}, failed, out, progress, options)
 
 
-def _asked(subjects: Subjects, task: Resolved, options: Mapping[str, Any]) -> dict[str, Any]:
+def _search_identity(subjects: Subjects, task: Resolved, options: Mapping[str, Any]) -> dict[str, Any]:
     """Facts that identify a search: the models, the prompts, the rules, and all settings that a user may choose."""
     return {
         **model_facts(subjects.coupling),
@@ -107,7 +107,7 @@ def _asked(subjects: Subjects, task: Resolved, options: Mapping[str, Any]) -> di
     }
 
 
-def _same(result: TaskResult, asked: Mapping[str, Any], folder: Path) -> TaskResult:
+def _check_same_search(result: TaskResult, asked: Mapping[str, Any], folder: Path) -> TaskResult:
     """The result, if it comes from the search that was asked for. Raises SearchError otherwise."""
     facts = result.facts
     there = {
@@ -121,7 +121,7 @@ def _same(result: TaskResult, asked: Mapping[str, Any], folder: Path) -> TaskRes
     return result
 
 
-def _dense_size(subjects: Subjects, options: dict[str, Any]) -> Size | None:
+def _whole_dense_size(subjects: Subjects, options: dict[str, Any]) -> Size | None:
     try:
         return whole_size(subjects.dense) if options.get("dense", True) else None
     except DenseModelError:
@@ -139,10 +139,10 @@ def _compared(
 ) -> str:
     dense = [result.facts.dense for result in results if result.facts.dense is not None]
     sparse = [result.facts.size for result in results]
-    sizes = mean_sizes(sparse, dense, failed, whole_size(subjects.sparse), _dense_size(subjects, options))
+    sizes = mean_sizes(sparse, dense, failed, whole_size(subjects.sparse), _whole_dense_size(subjects, options))
     lines = [_table(results), "", _means(sizes)]
     if solved := [] if options.get("null") else [result for result in results if result.circuit.nodes]:
-        prompts = {task: measured_prompts(tasks[task]) for task in (result.facts.task for result in solved)}
+        prompts = {task: test_prompts(tasks[task]) for task in (result.facts.task for result in solved)}
         comparison = compare(subjects.sparse, solved, prompts, seed=options.get("seed", 0), progress=progress)
         lines += ["", render_comparison(comparison)]
         if out is not None:
@@ -154,7 +154,7 @@ def _compared(
     if null := options.get("null"):
         passed = [result.facts.task for result in results if result.passed]
         verdict = f"PASSES for {', '.join(passed)}: a failure of the method" if passed else "fails for every task, as it must"
-        lines += ["", f"NULL {null}: {NULLS[null]}. It {verdict}."]
+        lines += ["", f"NULL {null}: {NULL_DESCRIPTIONS[null]}. It {verdict}."]
     return "\n".join(lines)
 
 

@@ -28,15 +28,15 @@ from bridge.recipe import recipe_values, resolve
 from bridge.studies.frontier import CouplingPoint, DensePoint, Failure, Frontier
 from bridge.studies.search import Explains, search_config
 from bridge.studies.suite import folder_name
-from bridge.studies.sweep_steps import DENSE_FOLDER, LOST, OnText, Planned, Search, Steps, SweepError
+from bridge.studies.sweep_steps import DENSE_FOLDER, POINT_ERRORS, OnText, PlannedPoint, Search, Steps, SweepError
 
 ROWS = 256
-NOT_NAMED = "to be named"  # the dense model in a fit's recipe if the caller names it
+UNNAMED_MODEL = "to be named"  # the dense model in a fit's recipe if the caller names it
 
 
-def plan(
+def plan_points(
     l0: Sequence[float] = (), width: Sequence[int] = (), load: Sequence[str | Path] = (), **recipe: Any
-) -> tuple[Planned, ...]:
+) -> tuple[PlannedPoint, ...]:
     """The points of a sweep: a fit for each width and L0 (default the recipe's), unless only `load` is given; then the loads.
 
     `recipe` takes the arguments of `recipe.recipe_values`. Raises RecipeError or SweepError, before anything is run.
@@ -44,7 +44,7 @@ def plan(
     for what, given in (("l0", l0), ("width", width), ("load", [str(path) for path in load])):
         if twice := sorted({value for value in given if list(given).count(value) > 1}):
             raise SweepError(f"{what} {twice[0]}", "is given twice", "give each value once")
-    points: list[Planned] = []
+    points: list[PlannedPoint] = []
     if l0 or width or not load:
         for one_width in width or (None,):
             for one_l0 in l0 or (None,):
@@ -53,12 +53,12 @@ def plan(
                     raise SweepError(
                         "the sparsity", "is missing", "give ‹l0›, the fraction of weights to keep if below 1, or their number"
                     )
-                wanted = resolve({"dense": NOT_NAMED, **values})
+                wanted = resolve({"dense": UNNAMED_MODEL, **values})
                 shape = "auto" if wanted.sparse.width is None else wanted.sparse.width
                 name = f"w{shape}-l0-{wanted.sparsity.l0:.12g}"
                 if any(point.name == name for point in points):
                     raise SweepError("two points", f"would both be named {name}", "leave width and L0 out of ‹settings›")
-                points.append(Planned(name, values, wanted))
+                points.append(PlannedPoint(name, values, wanted))
     names = [Path(path).name or str(path) for path in load]
     for path, name in zip(load, names, strict=True):
         if names.count(name) > 1:
@@ -67,7 +67,7 @@ def plan(
             raise SweepError(
                 "two results", f"would be written to a folder {name!r}", f"rename the folder of the coupling {str(path)!r}"
             )
-        points.append(Planned(name, load=str(path)))
+        points.append(PlannedPoint(name, load=str(path)))
     return tuple(points)
 
 
@@ -106,21 +106,21 @@ def sweep(
     point that fails is in `failures`. Raises UserError if the sweep cannot begin, FitStopped if a fit was asked to stop.
     """
     out, on_step_end, progress = Path(out), on_step_end or (lambda _: None), progress or unseen
-    points = plan(
+    points = plan_points(
         l0, width, load, recipe=recipe, tokens=tokens, minutes=minutes, data=data, seed=seed, adapter=adapter, revision=revision,
         settings=settings,
     )  # fmt: skip
     search = Search(level, explains, seeds, budget, rows)
-    names = _checked(tasks, search)
+    names = _check_tasks(tasks, search)
     wanted = next((point.recipe for point in points if point.recipe is not None), None)
     if wanted is not None:
         model, adapter, revision = wanted.dense if model is None else model, wanted.adapter, wanted.revision
-        if model == NOT_NAMED:
+        if model == UNNAMED_MODEL:
             raise SweepError("the model", "is missing", "give a hub id or folder, or a recipe that names one")
     if (out / "sweep.json").is_file():
-        there = Frontier.load(out)
-        searches = (there.level, there.seeds), (search.level, seeds)
-        if there.points and searches[0] != searches[1]:
+        stored_frontier = Frontier.load(out)
+        searches = (stored_frontier.level, stored_frontier.seeds), (search.level, seeds)
+        if stored_frontier.points and searches[0] != searches[1]:
             raise SweepError(
                 f"‹out› {str(out)!r}", f"holds a sweep of level and seeds {searches[0]}, not {searches[1]}", "name another folder"
             )
@@ -146,24 +146,24 @@ def sweep(
     if not (out / "sweep.json").is_file():
         state(0).save(out)
     for number, point in enumerate(points):
-        run.at = f"[{number + 1}/{len(points)}] {point.name}: "
+        run.point_prefix = f"[{number + 1}/{len(points)}] {point.name}: "
         try:
             measured = run.measure(point)
-        except LOST as error:
+        except POINT_ERRORS as error:
             failures.append(Failure(point.name, " ".join(str(error).split()) or type(error).__name__))
-            on_step_end(f"{run.at}FAILED: {failures[-1].why}")
+            on_step_end(f"{run.point_prefix}FAILED: {failures[-1].why}")
         else:
             done.append(measured)
             if dense_point is None:
                 state(number + 1).save(out)
-                run.at = "dense model: "
+                run.point_prefix = "dense model: "
                 dense_point = run.measure_dense(point, measured, pruned=dense)
         run.coupling = None
         state(number + 1).save(out)
     return state(len(points))
 
 
-def _checked(tasks: Sequence[str], search: Search) -> tuple[str, ...]:
+def _check_tasks(tasks: Sequence[str], search: Search) -> tuple[str, ...]:
     """The tasks, by default those in python. Raises UserError if one is unknown, or if a setting leaves nothing to do."""
     for what in ("seeds", "rows", "budget"):
         if not (value := getattr(search, what)) > 0:

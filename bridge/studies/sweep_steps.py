@@ -30,7 +30,7 @@ from bridge.training.prepare import prepare
 
 OnText = Callable[[str], None]
 DENSE_FOLDER = "dense-model"
-LOST = (UserError, RunError, OSError, MemoryError, torch.OutOfMemoryError)  # errors that lose one point, not the sweep
+POINT_ERRORS = (UserError, RunError, OSError, MemoryError, torch.OutOfMemoryError)  # errors that lose one point, not the sweep
 _EVALUATION = TypeAdapter(Evaluation)
 
 
@@ -39,7 +39,7 @@ class SweepError(UserError):
 
 
 @dataclass(frozen=True)
-class Planned:
+class PlannedPoint:
     """A planned point: the name of its folder, and the recipe of its fit (as given, and resolved) or a coupling to load."""
 
     name: str
@@ -71,26 +71,26 @@ class Steps:
     options: dict[str, Any]
     on_step_end: OnText
     on_progress: OnProgress
-    at: str = ""
+    point_prefix: str = ""
     coupling: CoupledModels | None = None
 
     def step_ended(self, text: str) -> None:
         """Report that a step has ended."""
-        self.on_step_end(f"{self.at}{text}")
+        self.on_step_end(f"{self.point_prefix}{text}")
 
     def progress(self, phase: Phase) -> None:
         """Report the current phase."""
-        within(self.on_progress, self.at)(phase)
+        within(self.on_progress, self.point_prefix)(phase)
 
-    def measure(self, point: Planned) -> CouplingPoint:
+    def measure(self, point: PlannedPoint) -> CouplingPoint:
         """Measure a point, from its first missing step to its last."""
         folder = self.out / point.name
         if point.values is not None and point.recipe is not None:
-            self._fitted(point.values, point.recipe, folder)
+            self._fit(point.values, point.recipe, folder)
         where = folder if point.load is None else folder_of(point.load)
         facts = self._facts(where, folder, point)
         evaluation = self._evaluated(where, folder)
-        tasks = self._searched(where, folder / "circuits")
+        tasks = self._search_circuits(where, folder / "circuits")
         return CouplingPoint(
             name=point.name,
             loaded=point.load,
@@ -106,14 +106,14 @@ class Steps:
             tasks=tasks,
         )
 
-    def loaded(self, where: Path) -> CoupledModels:
+    def load_coupling(self, where: Path) -> CoupledModels:
         """The coupling of the current point, with the sweep's dense model. Raises CheckpointError if it is of another model."""
         if self.coupling is None:
             self.coupling = CoupledModels.from_pretrained(where, dense=self.dense, device=self.options["device"])
             self.dense = self.coupling.dense
         return self.coupling
 
-    def _fitted(self, values: dict[str, Any], wanted: Recipe, folder: Path) -> None:
+    def _fit(self, values: dict[str, Any], wanted: Recipe, folder: Path) -> None:
         if (folder / "coupling.json").is_file():
             there = _recipe_of(folder)
             if differs := _differences(wanted, there):
@@ -130,12 +130,12 @@ class Steps:
         tokens = "" if last is None else f"{last.tokens:,} tokens in "
         self.step_ended(f"fit: {tokens}{(time.monotonic() - started) / 60:.1f} minutes")
 
-    def _facts(self, where: Path, folder: Path, point: Planned) -> dict[str, Any]:
+    def _facts(self, where: Path, folder: Path, point: PlannedPoint) -> dict[str, Any]:
         """The facts in point.json, written if missing: which weights the point's measures are of, and the search's settings."""
         try:
             digest = str(read_json(where / "coupling.json")["tensors"]["sha256"])
         except (KeyError, TypeError, CheckpointError):
-            self.loaded(where)  # raises an error that says what is wrong
+            self.load_coupling(where)  # raises an error that says what is wrong
             raise
         file, search = folder / "point.json", asdict(self.search)
         if file.is_file():
@@ -148,10 +148,10 @@ class Steps:
                 raise SweepError(
                     f"{str(folder)!r}", f"was searched with {facts.get('search')}, not {search}", "name another ‹out›"
                 )
-            dense = self.loaded(where).dense if self.dense is None else self.dense
+            dense = self.load_coupling(where).dense if self.dense is None else self.dense
             if facts.get("dense") == dense.fingerprint():
                 return facts
-        coupling = self.loaded(where)
+        coupling = self.load_coupling(where)
         weights = coupling.sparse.n_sparse_weights()
         facts = {
             "name": point.name, "loaded": point.load, "sha256": digest, "dense": coupling.dense.fingerprint(),
@@ -167,15 +167,15 @@ class Steps:
         if file.is_file() and (there := _evaluation(file)) is not None:
             self.step_ended(f"evaluation: {_line(there)}; already done")
             return there
-        tokens_bt = self.loaded(where).reference_bt
+        tokens_bt = self.load_coupling(where).reference_bt
         if tokens_bt is None or not tokens_bt.numel():
             raise SweepError(f"the coupling {str(where)!r}", "holds no held-out text to evaluate it on", "fit it again")
-        result = evaluate(self.loaded(where), tokens_bt[: self.search.rows], on_progress=self.progress)
+        result = evaluate(self.load_coupling(where), tokens_bt[: self.search.rows], on_progress=self.progress)
         write_json(file, result.to_json())
         self.step_ended(f"evaluation: {_line(result)}")
         return result
 
-    def _searched(self, where: Path, circuits: Path) -> tuple[TaskSize, ...]:
+    def _search_circuits(self, where: Path, circuits: Path) -> tuple[TaskSize, ...]:
         """The sizes of all tasks' circuits, searched if they are missing; their comparison is written last."""
         search = self.search
         files = [circuits / folder_name(name) / "circuit.json" for name in self.tasks]
@@ -186,7 +186,7 @@ class Steps:
             self.step_ended(f"circuits: {sum(not one.failed for one in sizes)} of {len(sizes)} tasks solved; already done")
             return sizes
         texts = run_suite(
-            Subjects.of(self.loaded(where)), self.tasks, out=circuits, progress=self.progress, level=search.level,
+            Subjects.of(self.load_coupling(where)), self.tasks, out=circuits, progress=self.progress, level=search.level,
             explains=search.explains, seeds=search.seeds, budget=search.budget, dense=False,
         )  # fmt: skip
         found: list[TaskSize] = []
@@ -198,7 +198,7 @@ class Steps:
         write_json(end, {"tasks": list(self.tasks)})
         return tuple(found)
 
-    def measure_dense(self, point: Planned, measured: CouplingPoint, *, pruned: bool) -> DensePoint:
+    def measure_dense(self, point: PlannedPoint, measured: CouplingPoint, *, pruned: bool) -> DensePoint:
         """Measure the dense model's own circuits, with means over the point's text; a failure is reported, not raised."""
         where = self.out / point.name if point.load is None else folder_of(point.load)
         assert self.dense is not None, "a point has been measured"
@@ -213,18 +213,18 @@ class Steps:
                 if facts is not None and facts.get("search") != wanted:
                     raise SweepError(f"{str(file)!r}", f"holds a search with other settings than {wanted}", "name another ‹out›")
                 if facts is None:
-                    one = self._dense_size(Subjects.of(self.loaded(where)), task)
+                    one = self._search_dense_task(Subjects.of(self.load_coupling(where)), task)
                     file.parent.mkdir(parents=True, exist_ok=True)
                     facts = {"search": wanted, **asdict(one)}
                     write_json(file, facts)
                 sizes.append(TaskSize(facts["task"], Size(**facts["size"]), facts["failed"]))
                 self.step_ended(f"circuit {number + 1}/{len(self.tasks)} {sizes[-1].task}: {_size_line(sizes[-1])}")
-        except LOST as error:
+        except POINT_ERRORS as error:
             sizes, why_not = [], " ".join(str(error).split()) or type(error).__name__
             self.step_ended(f"no circuits: {why_not}")
         return DensePoint(name, fingerprint, measured.ce_dense, tuple(sizes), why_not)
 
-    def _dense_size(self, subjects: Subjects, task: str) -> TaskSize:
+    def _search_dense_task(self, subjects: Subjects, task: str) -> TaskSize:
         label = folder_name(task)
         try:
             size = search_dense(
@@ -248,7 +248,7 @@ def _recipe_of(folder: Path) -> Recipe:
     return resolve(values)
 
 
-OF_THE_DENSE_MODEL = (  # numbers that a fit fills in if they are not set
+FILLED_IN_BY_FIT = (  # numbers that a fit fills in if they are not set
     "sparse.width", "sparse.head_channels", "sparse.mlp_ratio", "sparse.mlp", "sparse.keep", "sparse.positions", "sparse.block",
     "data.context", "data.rows", "optimizer.rate",
 )  # fmt: skip
@@ -259,8 +259,8 @@ def _differences(wanted: Recipe, there: Recipe) -> list[str]:
     found = []
     for name in known_names():
         asked, its = (attrgetter(name)(recipe) for recipe in (wanted, there))
-        unsaid = asked in (None, "auto") and name in OF_THE_DENSE_MODEL
-        if asked != its and not unsaid and name not in ("dense", "revision"):
+        is_filled_in = asked in (None, "auto") and name in FILLED_IN_BY_FIT
+        if asked != its and not is_filled_in and name not in ("dense", "revision"):
             found.append(name)
     return found
 

@@ -67,7 +67,7 @@ def null_coupling(
         return with_ridge_bridges(replace(coupling, sparse=permuted_weights(coupling.sparse, seed)), reference_bt)
     if against is None:
         raise NullError("the uncoupled null", "needs a folder to be trained in or loaded from", "name one with ‹against›")
-    other = uncoupled(coupling, against, minutes, seed, progress)
+    other = load_or_fit_uncoupled(coupling, against, minutes, seed, progress)
     return with_ridge_bridges(replace(coupling, sparse=other.sparse, bridges=other.bridges), reference_bt)
 
 
@@ -78,7 +78,9 @@ def with_ridge_bridges(coupling: CoupledModels, reference_bt: Tensor) -> Coupled
     return fitted
 
 
-def uncoupled(coupling: CoupledModels, folder: Path, minutes: float, seed: int, progress: OnProgress) -> CoupledModels:
+def load_or_fit_uncoupled(
+    coupling: CoupledModels, folder: Path, minutes: float, seed: int, progress: OnProgress
+) -> CoupledModels:
     """Return a sparse model of the coupling's shape trained without bridges: loaded from a folder, or fitted there, resumably.
 
     Raises NullError if the folder holds a model of another shape, or one that was coupled.
@@ -132,12 +134,12 @@ def ridge_bridges(coupling: CoupledModels, tokens_bt: Tensor) -> Bridges:
         scaled_nd = (h_nd - bridge.mean_d.double()) / bridge.scale.double()
         for name, source, target in (("encoder", scaled_nd, x_ns), ("decoder", x_ns, scaled_nd)):
             if (site, name) not in coupling.ends:
-                weight, bias = ridge(source, target)
+                weight, bias = fit_ridge(source, target)
                 bridge.get_submodule(name).load_state_dict({"weight": weight, "bias": bias})
     return bridges
 
 
-def ridge(source_ni: Tensor, target_nj: Tensor) -> tuple[Tensor, Tensor]:
+def fit_ridge(source_ni: Tensor, target_nj: Tensor) -> tuple[Tensor, Tensor]:
     """Return weight_ji, bias_j of the ridge regression of target on source, float64, with the penalty best on held-out rows."""
     n = len(source_ni) * 3 // 4 if len(source_ni) >= 8 else len(source_ni)
     mean_i, mean_j = source_ni[:n].mean(0), target_nj[:n].mean(0)

@@ -22,16 +22,16 @@ from bridge.models.bridges import CoupledModels, folder_of
 from bridge.models.store import CheckpointError, read_json, write_json
 
 FILE = "nulls.json"
-STRONG = ("representational", "mechanistic support")
+STRONG_VERDICTS = ("representational", "mechanistic support")
 Kind = Literal["prompts", "tasks"]
-_HOW: Mapping[Kind, str] = {
+_HOW_TO_RUN: Mapping[Kind, str] = {
     "prompts": "`bridge nulls` runs them if it is given a number of prompts",
     "tasks": "`bridge nulls` runs them",
 }
 
 
 @dataclass(frozen=True)
-class Judged:
+class PromptVerdict:
     """The verdict on a prompt's explanation.
 
     by_deletion is the verdict if single nodes' effects are not needed; ratio is the measure dense_ratio of the circuit.
@@ -58,14 +58,14 @@ class PromptNull:
     @property
     def strong(self) -> int:
         """Number of prompts that earn "representational" or better."""
-        return sum(self.verdicts.get(verdict, 0) for verdict in STRONG)
+        return sum(self.verdicts.get(verdict, 0) for verdict in STRONG_VERDICTS)
 
     @staticmethod
-    def of(name: str, judged: Sequence[Judged]) -> PromptNull:
+    def of(name: str, judged: Sequence[PromptVerdict]) -> PromptNull:
         """Summarise the verdicts on some prompts."""
         known = sorted(each.ratio for each in judged if each.ratio is not None)
         ratio = known[len(known) // 2] if known else None
-        by_deletion = sum(each.by_deletion in STRONG for each in judged)
+        by_deletion = sum(each.by_deletion in STRONG_VERDICTS for each in judged)
         return PromptNull(name, len(judged), dict(Counter(each.verdict for each in judged)), ratio, by_deletion)
 
 
@@ -133,39 +133,39 @@ def keep_nulls(
 ) -> None:
     """Write the nulls to nulls.json and keep those of the other kind. Raises CheckpointError if the coupling has no folder."""
     file = _folder(coupling) / FILE
-    there: dict[str, Any] = read_json(file) if file.is_file() else {}
-    mine = {"coupling": fingerprint(coupling), "rules": rules, **facts, "nulls": [asdict(null) for null in nulls]}
-    write_json(file, {**{other: there[other] for other in _HOW if other in there}, kind: mine})
+    stored: dict[str, Any] = read_json(file) if file.is_file() else {}
+    entry = {"coupling": fingerprint(coupling), "rules": rules, **facts, "nulls": [asdict(null) for null in nulls]}
+    write_json(file, {**{other: stored[other] for other in _HOW_TO_RUN if other in stored}, kind: entry})
 
 
 def stored_prompt_nulls(coupling: CoupledModels, rules: str) -> tuple[tuple[PromptNull, ...] | None, str]:
     """Return (nulls on prompts kept with a coupling, ""), or (None, reason in a few words)."""
-    return _stored(coupling, "prompts", rules, _PROMPTS)
+    return _read_nulls(coupling, "prompts", rules, _PROMPTS)
 
 
 def stored_task_nulls(coupling: CoupledModels, rules: str, **facts: str | float | int) -> tuple[tuple[TaskNull, ...] | None, str]:
     """Return (nulls on tasks kept with a coupling, ""), if rules and facts are the same, or (None, reason in a few words)."""
-    return _stored(coupling, "tasks", rules, _TASKS, facts)
+    return _read_nulls(coupling, "tasks", rules, _TASKS, facts)
 
 
-def _stored(
+def _read_nulls(
     coupling: CoupledModels, kind: Kind, rules: str, reader: TypeAdapter, facts: Mapping[str, str | float | int] | None = None
 ) -> tuple[tuple | None, str]:
     try:
         file = None if coupling.path is None else _folder(coupling) / FILE
         kept = read_json(file).get(kind) if file is not None and file.is_file() else None
         if not isinstance(kept, dict):
-            return None, f"the coupling's nulls on {kind} were not run; {_HOW[kind]}"
+            return None, f"the coupling's nulls on {kind} were not run; {_HOW_TO_RUN[kind]}"
         if kept.get("coupling") != fingerprint(coupling):
-            return None, f"the stored nulls are of another coupling; {_HOW[kind]}"
+            return None, f"the stored nulls are of another coupling; {_HOW_TO_RUN[kind]}"
         if kept.get("rules") != rules or any(kept.get(name) != value for name, value in (facts or {}).items()):
-            return None, f"the stored nulls were judged by other bounds; {_HOW[kind]}"
+            return None, f"the stored nulls were judged by other bounds; {_HOW_TO_RUN[kind]}"
         return reader.validate_python(kept.get("nulls")), ""
     except (CheckpointError, ValidationError):
-        return None, f"{FILE} cannot be read, or is of an earlier version; remove it, and {_HOW[kind]}"
+        return None, f"{FILE} cannot be read, or is of an earlier version; remove it, and {_HOW_TO_RUN[kind]}"
 
 
-def rules_of(*configs: SearchConfig | Any) -> str:
+def rules_digest(*configs: SearchConfig | Any) -> str:
     """Return a digest of the bounds of search and evidence."""
     text = json.dumps([config if isinstance(config, int) else asdict(config) for config in configs], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]

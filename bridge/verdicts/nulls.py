@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from bridge.circuits.error_nodes import follow, reference_means, reference_rows
+from bridge.circuits.error_nodes import follow_dense, reference_means, reference_rows
 from bridge.circuits.loss import CircuitLoss, SearchConfig
 from bridge.circuits.masked_model import MaskedModel
 from bridge.circuits.question import Question
@@ -27,8 +27,8 @@ from bridge.evidence.sufficiency import measure_nested
 from bridge.models.bridges import CoupledModels
 from bridge.models.sparse import Location
 from bridge.verdicts.null_couplings import MINUTES, NULL_NAMES, NullName, null_coupling
-from bridge.verdicts.null_table import Judged, PromptNull, keep_nulls, rules_of
-from bridge.verdicts.prompt import EvidenceConfig, gather, opening_of
+from bridge.verdicts.null_table import PromptNull, PromptVerdict, keep_nulls, rules_digest
+from bridge.verdicts.prompt import EvidenceConfig, gather_evidence, opening_of
 
 LENGTHS = 8, 24  # tokens of a prompt
 
@@ -60,20 +60,20 @@ def cut_prompts(coupling: CoupledModels, count: int, seed: int = 0) -> list[Tens
 
 def judged(
     coupling: CoupledModels, tokens_t: Tensor, means: Means, search: SearchConfig, config: EvidenceConfig, seed: int = 0
-) -> Judged:
+) -> PromptVerdict:
     """Search and judge the circuit for one prompt."""
     last_b = torch.tensor([len(tokens_t) - 1], device=tokens_t.device)
-    followed = follow(coupling, tokens_t[None], last_b)
+    followed = follow_dense(coupling, tokens_t[None], last_b)
     question = Question.of_prompt(tokens_t, int(followed.dense_bv[0].argmax()))
     loss = CircuitLoss(MaskedModel(coupling.sparse, question, means, followed.errors), followed.dense_bv, search)
     if abs(loss.span) < search.least_span:
-        return Judged("no explanation", "no explanation", None)
+        return PromptVerdict("no explanation", "no explanation", None)
     nested = find_nested(loss)
     circuits = measure_nested(loss, nested, seed)
     opening = opening_of(circuits, search.opening, config)
-    report = gather(coupling, loss, nested, circuits, opening, followed, config=config, seed=seed).report
+    report = gather_evidence(coupling, loss, nested, circuits, opening, followed, config=config, seed=seed).report
     by_deletion = replace(report, rules=config.rules(counterfactual=False, by_deletion=True)).verdict
-    return Judged(report.verdict, by_deletion, report["dense_ratio"].value)
+    return PromptVerdict(report.verdict, by_deletion, report["dense_ratio"].value)
 
 
 def run_prompt_nulls(
@@ -98,13 +98,13 @@ def run_prompt_nulls(
         progress(Phase(f"{name}: making the null coupling"))
         null = null_coupling(coupling, name, against=against, minutes=minutes, seed=seed, progress=progress)
         means = prompt_means(null)
-        found: list[Judged] = []
+        found: list[PromptVerdict] = []
         for place, tokens_t in enumerate(prompts):
             found.append(judged(null, tokens_t.to(coupling.dense.device), means, search, config, seed))
             progress(Phase(f"{name}, prompts", place + 1, len(prompts), found[-1].verdict))
         nulls.append(PromptNull.of(name, found))
     if coupling.path is not None:
-        keep_nulls(coupling, "prompts", nulls, rules_of(search, config))
+        keep_nulls(coupling, "prompts", nulls, rules_digest(search, config))
     return tuple(nulls)
 
 

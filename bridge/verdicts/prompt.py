@@ -27,17 +27,17 @@ from torch import Tensor
 from bridge.circuits.error_nodes import Followed
 from bridge.circuits.loss import CircuitLoss
 from bridge.circuits.necessity import backup_nodes
-from bridge.circuits.search import Nested
+from bridge.circuits.search import NestedMasks
 from bridge.display.progress import OnProgress, Phase, unseen
 from bridge.evidence.carry import Transporter
-from bridge.evidence.controls import another_prompt, matched
+from bridge.evidence.controls import circuits_of_other_prompts, matched_nodes
 from bridge.evidence.deletion import Deletions, GroupLoss, delete_groups
 from bridge.evidence.effects import effect_profile, profile_measure, profile_nodes
 from bridge.evidence.measures import Control, Criterion, Measure, Report, Rule
 from bridge.evidence.patching import Counterfactual, patching_measures
-from bridge.evidence.sufficiency import Backup, NestedCircuit, adversary, strongest
+from bridge.evidence.sufficiency import Backup, NestedCircuit, adversarial_faithfulness, first_node_names
 from bridge.models.bridges import CoupledModels
-from bridge.verdicts.null_table import nulls_measure, rules_of, stored_prompt_nulls
+from bridge.verdicts.null_table import nulls_measure, rules_digest, stored_prompt_nulls
 
 
 @dataclass(frozen=True)
@@ -125,10 +125,10 @@ def opening_of(circuits: Sequence[NestedCircuit], asked: int, config: EvidenceCo
 
 
 @torch.no_grad()
-def gather(
+def gather_evidence(
     coupling: CoupledModels,
     loss: CircuitLoss,
-    nested: Nested,
+    nested: NestedMasks,
     circuits: Sequence[NestedCircuit],
     opening: int,
     followed: Followed,
@@ -148,18 +148,18 @@ def gather(
     generator = torch.Generator().manual_seed(seed + 3_000_017)
     masked, kept_f = loss.masked, nested.kept(opening)
     progress(Phase("evidence: an adversary"))
-    circuit = replace(circuits[opening], adversary=float(adversary(loss, kept_f[None])[0]))
+    circuit = replace(circuits[opening], adversary=float(adversarial_faithfulness(loss, kept_f[None])[0]))
     progress(Phase("evidence: backup and controls"))
     backup_k = backup_nodes(loss, kept_f)
-    matched_cf = matched(masked, kept_f, config.matched_draws, generator)
-    other_cf = another_prompt(coupling, masked, kept_f, config.other_prompts, generator)
-    sufficient = _sufficient(config, loss, circuit, matched_cf, other_cf)
+    matched_cf = matched_nodes(masked, kept_f, config.matched_draws, generator)
+    other_cf = circuits_of_other_prompts(coupling, masked, kept_f, config.other_prompts, generator)
+    sufficient = _sufficiency_measures(config, loss, circuit, matched_cf, other_cf)
     progress(Phase("evidence: deletion, in both models"))
     transporter = Transporter(coupling, loss, followed.dense, kept_f)
     deletions = Deletions.of(transporter, kept_f, matched_cf[: config.deleted_draws], other_cf)
     group_losses = delete_groups(transporter, groups)
     deleted = deletions.measures(coupling, config.behind, config.ratio, config.best, config.matched_lost, seed)
-    lost = _lost(config, loss, kept_f, backup_k, deletions)
+    lost = _lost_measure(config, loss, kept_f, backup_k, deletions)
     progress(Phase("evidence: one node at a time, in both models"))
     node_p = profile_nodes(transporter, kept_f, config.nodes, generator)
     profile = profile_measure(effect_profile(transporter, kept_f, node_p), Criterion(">=", config.correlation, True), seed)
@@ -168,16 +168,16 @@ def gather(
         progress(Phase("evidence: counterfactual patching, in the dense model"))
         some_cf = matched_cf[: config.deleted_draws]
         patching = patching_measures(transporter, counterfactual, kept_f, some_cf, config.patched, seed)
-    nulls, why = stored_prompt_nulls(coupling, rules_of(loss.config, config))
+    nulls, why = stored_prompt_nulls(coupling, rules_digest(loss.config, config))
     of_nulls = nulls_measure(nulls or (), why, ", ".join(null.name for null in nulls or ()))
     by_deletion = bool(nulls) and not any(null.by_deletion for null in nulls)
     rules = config.rules(counterfactual=counterfactual is not None, by_deletion=by_deletion)
     report = Report((*sufficient, *deleted, lost, profile, *patching, of_nulls), rules)
-    backup = Backup(circuit.left, len(backup_k), strongest(masked, backup_k)) if len(backup_k) else None
+    backup = Backup(circuit.left, len(backup_k), first_node_names(masked, backup_k)) if len(backup_k) else None
     return Evidence(report, (*circuits[:opening], circuit, *circuits[opening + 1 :]), backup, group_losses)
 
 
-def _sufficient(
+def _sufficiency_measures(
     config: EvidenceConfig, loss: CircuitLoss, circuit: NestedCircuit, matched_cf: Tensor, other_cf: Tensor
 ) -> tuple[Measure, ...]:
     """Measure the span, the circuit alone and in supersets, and the controls alone."""
@@ -200,8 +200,8 @@ def _sufficient(
     )  # fmt: skip
 
 
-def _lost(config: EvidenceConfig, loss: CircuitLoss, kept_f: Tensor, backup_k: Tensor, deletions: Deletions) -> Measure:
+def _lost_measure(config: EvidenceConfig, loss: CircuitLoss, kept_f: Tensor, backup_k: Tensor, deletions: Deletions) -> Measure:
     """Measure the share of the span that the sparse model loses without the circuit and, if it has one, its backup."""
-    alone, with_backup = (1 - loss.left_by(torch.stack([kept_f, kept_f.index_fill(0, backup_k, True)]))).tolist()
+    alone, with_backup = (1 - loss.left_after_deletion(torch.stack([kept_f, kept_f.index_fill(0, backup_k, True)]))).tolist()
     note = f"{alone:.2f} by deleting the circuit alone, the rest with {len(backup_k)} backup nodes" if len(backup_k) else ""
     return deletions.lost(with_backup, config.lost, note)

@@ -23,10 +23,10 @@ from torch import Tensor
 
 from bridge.circuits.loss import CircuitLoss
 from bridge.circuits.masked_model import MaskedModel
-from bridge.circuits.search import Nested
+from bridge.circuits.search import NestedMasks
 from bridge.data.task_tokens import Scores
 from bridge.display.progress import OnProgress, Phase, unseen
-from bridge.evidence.controls import active_nodes, matched
+from bridge.evidence.controls import active_nodes, matched_nodes
 from bridge.evidence.measures import Control, Criterion, Measure, Report, Rule
 from bridge.evidence.sufficiency import NestedCircuit, measure_circuit, superset_draws
 
@@ -77,7 +77,7 @@ class TaskLevel:
 @torch.no_grad()
 def gather_task(
     test: CircuitLoss[MaskedModel],
-    nested: Nested,
+    nested: NestedMasks,
     seeds_f: Sequence[Tensor],
     edges: Sequence[int],
     dense_edges: int | None,
@@ -98,8 +98,8 @@ def gather_task(
         progress(Phase(f"evidence: {level}, alone, in supersets, deleted, and matched nodes"))
         kept_f = nested.kept(place)
         superset_uf = superset_draws(test, config.supersets, seed + place)
-        found = measure_circuit(test, kept_f, superset_uf, level.faithfulness, None, test.within(kept_f, level))
-        alone, lost_here = _controls(test, kept_f, on_f, config.draws, generator)
+        found = measure_circuit(test, kept_f, superset_uf, level.faithfulness, None, test.meets_bounds(kept_f, level))
+        alone, lost_here = _measure_matched(test, kept_f, on_f, config.draws, generator)
         lost = lost_here if place == opening else lost
         levels.append(TaskLevel(found, edges[place], median(alone) if alone else None))
     opened, kept_f = levels[opening].circuit, nested.kept(opening)
@@ -126,23 +126,23 @@ def gather_task(
                 Control.of("matched", lost, max, "largest"),
             ),
             Measure("kl", "KL alone in nats", opened.kl),
-            _stable(config, seeds_f, on_f),
-            _smaller(config, edges[opening], dense_edges),
+            _stability_measure(config, seeds_f, on_f),
+            _size_measure(config, edges[opening], dense_edges),
         ),
         config.rules(),
     )  # fmt: skip
     return report, tuple(levels)
 
 
-def _controls(
+def _measure_matched(
     test: CircuitLoss[MaskedModel], kept_f: Tensor, on_f: Tensor, draws: int, generator: torch.Generator
 ) -> tuple[list[float], list[float]]:
     """Return the faithfulness of draws of matched nodes alone, and the span lost by deleting each; [] if too few are active."""
     if not 0 < int((kept_f & test.nodes_f).sum()) <= int((on_f & ~kept_f).sum()):
         return [], []
-    matched_cf, count = matched(test.masked, kept_f, draws, generator), len(test.model_b)
+    matched_cf, count = matched_nodes(test.masked, kept_f, draws, generator), len(test.model_b)
     miss_c = test.miss(test.logits(matched_cf)).view(-1, count).mean(1)
-    return (1 - miss_c.abs()).tolist(), (1 - test.left_by(matched_cf)).tolist()
+    return (1 - miss_c.abs()).tolist(), (1 - test.left_after_deletion(matched_cf)).tolist()
 
 
 def _accuracy(test: CircuitLoss, kept_f: Tensor) -> float:
@@ -151,7 +151,7 @@ def _accuracy(test: CircuitLoss, kept_f: Tensor) -> float:
     return float((test.masked.question.difference(test.logits(kept_f[None]), row_b) > 0).float().mean())
 
 
-def _stable(config: TaskEvidenceConfig, seeds_f: Sequence[Tensor], on_f: Tensor) -> Measure:
+def _stability_measure(config: TaskEvidenceConfig, seeds_f: Sequence[Tensor], on_f: Tensor) -> Measure:
     """Measure the overlap of the seeds' circuits; the control is the overlap of as many random active nodes."""
     key, name, criterion = "stable", "overlap of seeds", Criterion(">=", config.stable, True)
     if len(seeds_f) < 2:
@@ -172,7 +172,7 @@ def expected_overlap(first: int, second: int, of: int) -> float:
     return first * second / of if of else 0.0
 
 
-def _smaller(config: TaskEvidenceConfig, edges: int, dense_edges: int | None) -> Measure:
+def _size_measure(config: TaskEvidenceConfig, edges: int, dense_edges: int | None) -> Measure:
     value = None if dense_edges is None else dense_edges / max(1, edges)
     note = "the dense model's own circuit was not searched" if dense_edges is None else f"{edges:,} edges, dense {dense_edges:,}"
     return Measure("smaller", "times fewer edges than the dense model's own", value, Criterion(">=", config.smaller), note=note)

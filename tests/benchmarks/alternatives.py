@@ -42,16 +42,16 @@ from transcoders import LATENT, MaskedTranscoded, Transcoded, load_transcoders
 
 import bridge
 from bridge.circuits.dense_nodes import DenseSubject, MaskedDense
-from bridge.circuits.error_nodes import follow, reference_means, reference_rows
+from bridge.circuits.error_nodes import follow_dense, reference_means, reference_rows
 from bridge.circuits.loss import CircuitLoss, Level, SearchConfig
 from bridge.circuits.masked_model import Masked, MaskedModel
 from bridge.circuits.question import Question
 from bridge.circuits.search import find_nested
 from bridge.data.blocks import load_blocks
 from bridge.evidence.carry import Transporter
-from bridge.evidence.deletion import delete
+from bridge.evidence.deletion import delete_circuits
 from bridge.evidence.sufficiency import measure_circuit, superset_draws
-from bridge.explanations.build import MOST_SUMMED, prompt_tokens
+from bridge.explanations.build import MAX_EDGES_TO_GROUP, prompt_tokens
 from bridge.graph.attribution import draw_edges
 from bridge.graph.edge_pruning import prune_edges
 from bridge.graph.flow import flow_through
@@ -196,7 +196,7 @@ def by_dense(subject: DenseSubject, coupling: CoupledModels, tokens_t: Tensor) -
     question, dense_1v = question_of(coupling, tokens_t)
 
     def lost(loss: CircuitLoss, kept_f: Tensor) -> float:
-        return 1 - float(loss.left(loss.masked.logits(~kept_f[None])))
+        return 1 - float(loss.fraction_left(loss.masked.logits(~kept_f[None])))
 
     def edges(loss: CircuitLoss, kept_f: Tensor) -> tuple[int, int]:
         between = DenseEdges(subject, loss, kept_f)
@@ -210,24 +210,24 @@ def by_transcoders(model: Transcoded, coupling: CoupledModels, tokens_t: Tensor)
     question, dense_1v = question_of(coupling, tokens_t)
 
     def lost(loss: CircuitLoss, kept_f: Tensor) -> float:
-        return 1 - float(loss.left(model.dense_without(question, loss.masked.space.split(kept_f[None]))))
+        return 1 - float(loss.fraction_left(model.dense_without(question, loss.masked.space.split(kept_f[None]))))
 
     return searched(MaskedTranscoded(model, question), dense_1v, lost, lambda *_: (None, None))
 
 
 def by_sparse(coupling: CoupledModels, tokens_t: Tensor) -> Line:
     """Explain a prompt by a sparse model that follows the dense one."""
-    followed = follow(coupling, tokens_t[None], torch.tensor([len(tokens_t) - 1]))
+    followed = follow_dense(coupling, tokens_t[None], torch.tensor([len(tokens_t) - 1]))
     question, _ = question_of(coupling, tokens_t)
     assert coupling.reference_bt is not None
     means = reference_means(coupling, reference_rows(coupling, coupling.reference_bt))
 
     def lost(loss: CircuitLoss, kept_f: Tensor) -> float:
-        return delete(Transporter(coupling, loss, followed.dense, kept_f), kept_f[None])[0].best
+        return delete_circuits(Transporter(coupling, loss, followed.dense, kept_f), kept_f[None])[0].best
 
     def edges(loss: CircuitLoss, kept_f: Tensor) -> tuple[int, int]:
         flow = flow_through(loss.masked, kept_f)
-        pruned = prune_edges(loss, flow, draw_edges(flow, MOST_SUMMED), LEVEL)
+        pruned = prune_edges(loss, flow, draw_edges(flow, MAX_EDGES_TO_GROUP), LEVEL)
         return pruned.edges.count(*COUNTED), pruned.before
 
     return searched(MaskedModel(coupling.sparse, question, means, followed.errors), followed.dense_bv, lost, edges)

@@ -122,7 +122,7 @@ class DenseEdges:
                 row_ue[1:] = random_sets(generator, _DENSITIES, self.count)
                 row_ue[:, order_e[:size]] = True
             miss_ru = self._miss(kept_rue.flatten(0, 1)).view(len(tried), -1).abs()
-            good = ((miss_ru[:, 0] <= level.allowed) & (miss_ru.mean(1) <= level.allowed)).tolist()
+            good = ((miss_ru[:, 0] <= level.allowed_miss) & (miss_ru.mean(1) <= level.allowed_miss)).tolist()
             first = next((place for place, each in enumerate(good) if each), None)
             low, high = (tried[-1], high) if first is None else (tried[first - 1] if first else low, tried[first])
         return high

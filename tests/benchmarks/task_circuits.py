@@ -23,11 +23,11 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from statistics import median
 
-from bridge.circuits.task_search import measured_prompts
+from bridge.circuits.task_search import test_prompts
 from bridge.models.bridges import CoupledModels
 from bridge.models.store import CheckpointError, write_json, write_text
 from bridge.studies.compare import compare, heat_map, render_comparison
-from bridge.studies.result import NULLS, TaskResult
+from bridge.studies.result import NULL_DESCRIPTIONS, TaskResult
 from bridge.studies.search import Subjects
 from bridge.studies.suite import resolved
 
@@ -102,7 +102,7 @@ def levels(found: Iterable[TaskResult]) -> str:
 def nulls(out: Path, tasks: Sequence[str]) -> str:
     """Return the table of the searches that must fail."""
     rows = []
-    for null in NULLS:
+    for null in NULL_DESCRIPTIONS:
         for task in tasks:
             one = read(out / null / task)
             if one is not None:
@@ -115,7 +115,7 @@ def nulls(out: Path, tasks: Sequence[str]) -> str:
 def disentangled(options: argparse.Namespace, results: Sequence[TaskResult]) -> str:
     """Measure every task with every circuit deleted, and the circuits' overlap; return both as text."""
     subjects = Subjects.of(CoupledModels.from_pretrained(options.bridge))
-    prompts = {one.facts.task: measured_prompts(resolved(subjects, one.facts.task)) for one in results}
+    prompts = {one.facts.task: test_prompts(resolved(subjects, one.facts.task)) for one in results}
     comparison = compare(subjects.sparse, results, prompts)
     write_text(options.out / "cross_ablation.svg", heat_map(comparison))
     write_json(options.out / "comparison.json", comparison.to_json())
@@ -141,7 +141,7 @@ def main() -> None:
             search(options, out / "dense" / task, task, *more, *([] if place < NESTED else ["--no-nested"]))
         for task in tasks[:FOLLOWED]:
             search(options, out / "sparse" / task, task, "--explains", "sparse", "--no-dense", "--no-nested")
-        for null in NULLS:
+        for null in NULL_DESCRIPTIONS:
             for task in tasks[:NULLED]:
                 search(options, out / null / task, task, "--null", null, "--no-dense", "--no-nested")
     found = [one for task in tasks if (one := read(out / "dense" / task)) is not None]

@@ -10,7 +10,7 @@ from support.studies_task_cases import report
 
 from bridge.cards.card import Card, render_card, render_cards, render_nulls
 from bridge.cards.evidence import NULLS, TESTS, null_task, with_nulls
-from bridge.cards.nulls import WHAT
+from bridge.cards.nulls import DESCRIPTIONS
 from bridge.cards.task_circuit import CardError
 from bridge.evidence.measures import Control, Criterion, Measure, Point, Report
 from bridge.verdicts.null_table import NullTask, TaskNull
@@ -20,7 +20,7 @@ CONTROL = Control("matched", 10, 0.1, 0.2, "largest")
 
 def null(name: str, *, passed: bool = False, patching: bool = False) -> TaskNull:
     found = dict.fromkeys(TESTS, passed) | {"patching": patching or passed}
-    return TaskNull(name, WHAT[name], (NullTask("one", found, dict.fromkeys(TESTS, 0.3), passed, 0.95),))
+    return TaskNull(name, DESCRIPTIONS[name], (NullTask("one", found, dict.fromkeys(TESTS, 0.3), passed, 0.95),))
 
 
 ALL_FAIL = tuple(null(name) for name in NULLS)

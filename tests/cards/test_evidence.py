@@ -20,12 +20,12 @@ from support.studies_task_cases import (
     some_nodes,
 )
 
-from bridge.cards.evidence import NULLS, TESTS, gather_task, held_out, holds, null_task, task_rules, with_nulls
+from bridge.cards.evidence import NULLS, TESTS, gather_task, held_out_pairs, null_task, passes_test, task_rules, with_nulls
 from bridge.cards.task_circuit import CardError
 from bridge.data.task_tokens import Resolved
-from bridge.evidence.bootstrap import interval
+from bridge.evidence.bootstrap import bootstrap_interval
 from bridge.evidence.controls import active_nodes, node_values
-from bridge.evidence.deletion import delete
+from bridge.evidence.deletion import delete_circuits
 from bridge.evidence.measures import Report, Verdict
 from bridge.models.dense import DenseModel
 from bridge.models.residual import Enter
@@ -58,7 +58,7 @@ def test_a_deletion_is_the_literal_one_on_every_prompt(dense: DenseModel, errors
     coupling = untrained(dense)
     transporter, kept_f, pairs = case_of(coupling, some_nodes(coupling), errors=errors)
     assert (transporter.masked.errors is not None) is errors
-    (found,) = delete(transporter, kept_f[None])
+    (found,) = delete_circuits(transporter, kept_f[None])
     for row in (0, 5, 11):
         whole, without = (
             literal_run(transporter, row, mask_f) for mask_f in (transporter.reference_f, transporter.reference_f & ~kept_f)
@@ -99,10 +99,10 @@ def test_nodes_are_active_that_are_so_for_any_prompt(dense: DenseModel) -> None:
 
 def test_intervals_are_those_of_the_mean() -> None:
     values_b = np.random.default_rng(1).normal(size=400)
-    bounds = interval(lambda pick_kb: values_b[pick_kb].mean(1), 400, 0)
+    bounds = bootstrap_interval(lambda pick_kb: values_b[pick_kb].mean(1), 400, 0)
     assert bounds is not None and bounds[0] < values_b.mean() < bounds[1]
     assert bounds[1] - bounds[0] == pytest.approx(2 * 1.96 * values_b.std() / 20, rel=0.15)
-    assert interval(lambda pick_kb: values_b[pick_kb].mean(1), 1, 0) is None
+    assert bootstrap_interval(lambda pick_kb: values_b[pick_kb].mean(1), 1, 0) is None
 
 
 # -- the rules ----------------------------------------------------------------------------------------------------------------
@@ -126,7 +126,7 @@ def test_without_one_of_the_others_it_is_representational(key: str, value: float
     assert f"Of {key} {'is 0, not >= 1' if value == 0 else 'could not be judged (not run)'}." in found.reasons
     test = next((test for test, keys in TESTS.items() if key in keys), None)
     if test is not None:
-        assert holds(found, test) is (None if value is None else False) and not null_task("one", found, 1.0).passed
+        assert passes_test(found, test) is (None if value is None else False) and not null_task("one", found, 1.0).passed
 
 
 @pytest.mark.parametrize("value", [0.0, None])
@@ -153,18 +153,18 @@ def test_a_null_is_not_spared_by_what_no_model_does() -> None:
 def test_mistakes_are_not_asked_where_there_are_few() -> None:
     measures = tuple(measure for measure in report().measures if measure.key != "mistakes")
     found = Report(measures, task_rules(measures))
-    assert found.verdict == "mechanistic support" and holds(found, "prediction") is True
-    assert holds(Report((), ()), "prediction") is None
+    assert found.verdict == "mechanistic support" and passes_test(found, "prediction") is True
+    assert passes_test(Report((), ()), "prediction") is None
 
 
 def test_held_out_pairs_go_either_way() -> None:
     pairs = planted_pairs(7, lengths=(6, 5))
     task = Resolved("planted", "test", {"train": pairs, "validation": pairs, "test": pairs}, 7, {})
-    found = held_out(task, 4)
+    found = held_out_pairs(task, 4)
     assert len(found) == 4 and found.last_b.diff().min() >= 0
     assert sorted(found.answer_bk[:, 0].tolist()) == [4, 4, 5, 5]
     with pytest.raises(CardError, match="no test pairs"):
-        held_out(replace(task, splits={**task.splits, "test": pairs.rows(torch.arange(0))}))
+        held_out_pairs(replace(task, splits={**task.splits, "test": pairs.rows(torch.arange(0))}))
 
 
 def test_a_copy_of_the_dense_model_passes_what_it_can() -> None:

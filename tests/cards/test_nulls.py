@@ -15,7 +15,7 @@ from support.studies_suite_cases import task_file  # noqa: F401
 from support.studies_task_cases import copied, corpus
 
 from bridge.cards import nulls as task_nulls
-from bridge.cards.evidence import NULLS, rules
+from bridge.cards.evidence import NULLS, card_rules_digest
 from bridge.cards.nulls import Nulls
 from bridge.cards.task_circuit import CardError
 from bridge.data.task_tokens import Resolved
@@ -25,7 +25,7 @@ from bridge.models.store import CheckpointError
 from bridge.studies.result import TaskResult
 from bridge.studies.search import Subjects, search_task
 from bridge.studies.suite import resolved
-from bridge.verdicts.null_couplings import NullError, ridge, ridge_bridges, shuffled_bridges, uncoupled
+from bridge.verdicts.null_couplings import NullError, fit_ridge, load_or_fit_uncoupled, ridge_bridges, shuffled_bridges
 from bridge.verdicts.null_table import fingerprint, stored_task_nulls
 
 
@@ -33,11 +33,11 @@ def test_ridge_is_least_squares_where_there_is_no_noise() -> None:
     generator = torch.Generator().manual_seed(0)
     source = torch.randn(400, 6, generator=generator, dtype=torch.float64)
     weight, bias = torch.randn(3, 6, generator=generator, dtype=torch.float64), torch.tensor([1.0, -2, 3], dtype=torch.float64)
-    found_weight, found_bias = ridge(source, source @ weight.T + bias)
+    found_weight, found_bias = fit_ridge(source, source @ weight.T + bias)
     torch.testing.assert_close(found_weight, weight, atol=1e-2, rtol=1e-2)
     torch.testing.assert_close(found_bias, bias, atol=1e-2, rtol=1e-2)
     noise = torch.randn(400, 3, generator=generator, dtype=torch.float64)
-    little, _ = ridge(source, noise)
+    little, _ = fit_ridge(source, noise)
     exact = np.linalg.lstsq(source[:300].numpy(), noise[:300].numpy(), rcond=None)[0]
     assert float(little.norm()) < np.linalg.norm(exact)  # the largest penalty serves noise best
 
@@ -98,7 +98,10 @@ def loaded(folder: Path, task: str) -> tuple[CoupledModels, Subjects, tuple, dic
 
 def test_every_null_fails_and_is_kept(planted: Path, against: Path, task_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
     coupling, _, tasks, circuits = loaded(planted, str(task_file))
-    assert stored_task_nulls(coupling, rules())[0] is None and "were not run" in stored_task_nulls(coupling, rules())[1]
+    assert (
+        stored_task_nulls(coupling, card_rules_digest())[0] is None
+        and "were not run" in stored_task_nulls(coupling, card_rules_digest())[1]
+    )
     carded = []
     original = task_nulls.gather_task
     monkeypatch.setattr(task_nulls, "gather_task", lambda *a, **k: (carded.append(a[1].task), original(*a, **k))[1])
@@ -106,7 +109,7 @@ def test_every_null_fails_and_is_kept(planted: Path, against: Path, task_file: P
     first = nulls.run(lambda _: None)
     assert next(first).name == "uncoupled"
     first.close()  # killed after the first null
-    kept, why = stored_task_nulls(coupling, rules())
+    kept, why = stored_task_nulls(coupling, card_rules_digest())
     assert kept is not None and [null.name for null in kept] == ["uncoupled"] and not why
     done = len(carded)
     results = list(Nulls(coupling, tasks, lambda task: circuits[task.task], against, 0.01, 1e9).run(lambda _: None))
@@ -114,15 +117,15 @@ def test_every_null_fails_and_is_kept(planted: Path, against: Path, task_file: P
     assert len(carded) <= 4 and len(carded) - done <= 3  # the first was not run again
     labels = next(null for null in results if null.name == "labels")
     assert labels.tasks[0].accuracy is not None and labels.tasks[0].accuracy < 0.9
-    assert stored_task_nulls(coupling, rules())[0] == tuple(results)
+    assert stored_task_nulls(coupling, card_rules_digest())[0] == tuple(results)
     again = len(carded)
     assert list(Nulls(coupling, tasks, lambda task: circuits[task.task], against, 0.01, 1e9).run(lambda _: None)) == results
     assert len(carded) == again
     with monkeypatch.context() as earlier:
         earlier.setattr("bridge.cards.evidence.VERSION", 0)
         assert (
-            stored_task_nulls(coupling, rules())[0] is None
-            and "judged by other bounds" in stored_task_nulls(coupling, rules())[1]
+            stored_task_nulls(coupling, card_rules_digest())[0] is None
+            and "judged by other bounds" in stored_task_nulls(coupling, card_rules_digest())[1]
         )
     splits = {**tasks[0].splits, "train": tasks[0].splits["train"].reversed()}
     others = (replace(tasks[0], splits=splits),)  # a task whose prompts have changed is another
@@ -138,7 +141,7 @@ def test_a_null_that_cannot_be_run_has_not_failed(planted: Path, against: Path, 
 
     with pytest.raises(CardError, match="of another coupling"):
         list(Nulls(coupling, tasks, alien, against, 0.01, 1e9, seed=9).run(lambda _: None))
-    kept, _ = stored_task_nulls(coupling, rules())
+    kept, _ = stored_task_nulls(coupling, card_rules_digest())
     assert "bridges" not in [null.name for null in kept or ()]
 
 
@@ -146,29 +149,32 @@ def test_nulls_of_another_coupling_are_not_shown(planted: Path, tmp_path: Path) 
     coupling = CoupledModels.from_pretrained(planted)
     folder = tmp_path / "other"
     coupling.save_pretrained(folder)
-    file = {"tasks": {"coupling": "another", "rules": rules(), "nulls": []}}
+    file = {"tasks": {"coupling": "another", "rules": card_rules_digest(), "nulls": []}}
     (folder / "nulls.json").write_text(json.dumps(file))
     other = CoupledModels.from_pretrained(folder, dense=coupling.dense)
-    assert stored_task_nulls(other, rules()) == (None, "the stored nulls are of another coupling; `bridge nulls` runs them")
+    assert stored_task_nulls(other, card_rules_digest()) == (
+        None,
+        "the stored nulls are of another coupling; `bridge nulls` runs them",
+    )
     (folder / "nulls.json").write_text("{")
-    assert "cannot be read" in stored_task_nulls(other, rules())[1]
+    assert "cannot be read" in stored_task_nulls(other, card_rules_digest())[1]
     with pytest.raises(CheckpointError, match="is not saved in a folder"):
         fingerprint(replace(other, path=None))
-    assert stored_task_nulls(replace(other, path=None), rules())[0] is None
+    assert stored_task_nulls(replace(other, path=None), card_rules_digest())[0] is None
 
 
 def test_the_uncoupled_model_must_be_one(planted: Path, against: Path) -> None:
     coupling = CoupledModels.from_pretrained(planted)
-    assert uncoupled(coupling, against, 1, 0, lambda _: None).sparse.width == coupling.sparse.width
+    assert load_or_fit_uncoupled(coupling, against, 1, 0, lambda _: None).sparse.width == coupling.sparse.width
     with pytest.raises(NullError, match="was coupled"):
-        uncoupled(coupling, planted, 1, 0, lambda _: None)
+        load_or_fit_uncoupled(coupling, planted, 1, 0, lambda _: None)
 
 
 def test_it_is_fitted_where_it_is_not_there(dense_folder: Path, text_file: Path, tmp_path: Path) -> None:
     dense = load_dense(str(dense_folder))
     coupling = replace(untrained(dense, data={"rows": 4, "source": str(text_file)}), reference_bt=corpus())
     said = []
-    other = uncoupled(coupling, tmp_path / "fresh", 0.01, 0, said.append)
+    other = load_or_fit_uncoupled(coupling, tmp_path / "fresh", 0.01, 0, said.append)
     torch.set_flush_denormal(False)
     assert not other.recipe.losses.coupled and (tmp_path / "fresh" / "coupling.json").is_file()
     assert other.sparse.locations() == coupling.sparse.locations() and "without bridges" in str(said[0])

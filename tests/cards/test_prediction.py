@@ -11,9 +11,9 @@ from support.models import VOCABULARY, planted_pairs
 from support.studies_task_cases import answered, circuit_of, copied, corpus, some_nodes
 
 from bridge.cards import prediction
-from bridge.cards.prediction import Predicted, bigram_logits, explained, predicted_mistakes, prediction_measures
+from bridge.cards.prediction import Predicted, bigram_logits, predicted_mistakes, prediction_measures, variance_measures
 from bridge.data.task_stress import Stress
-from bridge.evidence.bootstrap import Draws
+from bridge.evidence.bootstrap import ClusterBootstrap
 from bridge.evidence.measures import Measure
 from bridge.models.bridges import CoupledModels
 from bridge.models.circuit import ablation_gate
@@ -41,7 +41,7 @@ def test_a_copy_predicts_everything(copy: CoupledModels, monkeypatch: pytest.Mon
 @torch.no_grad()
 def test_what_is_predicted_is_the_circuits_answer_on_each_prompt_alone(copy: CoupledModels, errors: bool) -> None:
     pairs, circuit = answered(copy.dense, planted_pairs(4, lengths=(5, 7))), circuit_of(copy, some_nodes(copy), errors=errors)
-    found = prediction._differences(copy, circuit, pairs, corpus())
+    found = prediction._predict_pairs(copy, circuit, pairs, corpus())
     correct = (lambda at, x: x + circuit.means[at]) if errors else None
     for member, some in enumerate((pairs, pairs.reversed())):
         for row in range(4):
@@ -81,12 +81,16 @@ def test_what_is_explained_is_of_the_same_answers_for_both_members() -> None:
     generator = np.random.default_rng(0)
     dense_b2 = generator.normal(3, 1, size=(120, 2))
     circuit_b2 = dense_b2 + generator.normal(0, 0.5, size=(120, 2))
-    measure, margin = explained(Predicted(dense_b2, circuit_b2, dense_b2, np.zeros((120, 2))), (), Draws(np.arange(120), 0))
+    measure, margin = variance_measures(
+        Predicted(dense_b2, circuit_b2, dense_b2, np.zeros((120, 2))), (), ClusterBootstrap(np.arange(120), 0)
+    )
     y, x = (np.concatenate([z[:, 0], -z[:, 1]]) for z in (dense_b2, circuit_b2))
     expected = 1 - ((y - x) ** 2).sum() / ((y - y.mean()) ** 2).sum()
     assert measure.value == pytest.approx(expected) and measure.passed and margin.passed
     assert measure.interval is not None and measure.interval[0] < expected < measure.interval[1]
-    worse, margin = explained(Predicted(dense_b2, np.zeros((120, 2)), dense_b2, circuit_b2), (), Draws(np.arange(120), 0))
+    worse, margin = variance_measures(
+        Predicted(dense_b2, np.zeros((120, 2)), dense_b2, circuit_b2), (), ClusterBootstrap(np.arange(120), 0)
+    )
     assert worse.passed is margin.passed is False
 
 
@@ -100,7 +104,7 @@ def test_what_was_made_from_one_pair_is_drawn_together() -> None:
         return lambda weight_kb: weight_kb @ x_b2.mean(1) / weight_kb.sum(1)
 
     single, together, apart = (
-        Draws(of_b, 0).interval(mean(x_b2))
+        ClusterBootstrap(of_b, 0).interval(mean(x_b2))
         for of_b, x_b2 in ((np.arange(40), one_b2), (source_b, four_b2), (np.arange(160), four_b2))
     )
     assert single is not None and together is not None and apart is not None
@@ -109,7 +113,7 @@ def test_what_was_made_from_one_pair_is_drawn_together() -> None:
 
 
 def test_mistakes_are_to_be_predicted_and_not_cried() -> None:
-    generator, draws = np.random.default_rng(0), Draws(np.arange(100), 0)
+    generator, draws = np.random.default_rng(0), ClusterBootstrap(np.arange(100), 0)
     dense_b2 = np.where(np.arange(200).reshape(100, 2) % 5 == 0, -1.0, 2.0)
     nothing = np.zeros_like(dense_b2)
 

@@ -11,7 +11,7 @@ from support.studies_suite_cases import bridge_folder, task_file  # noqa: F401
 
 from bridge.cards import suite as cards
 from bridge.cards.card import Card
-from bridge.cards.suite import wanted_cards
+from bridge.cards.suite import requested_cards
 
 
 @pytest.fixture
@@ -58,11 +58,11 @@ def test_a_task_is_searched_where_no_circuit_is(bridge_folder: Path, task_file: 
 
 
 def test_what_is_wanted(found: Path, tmp_path: Path) -> None:
-    (one,) = wanted_cards(task=None, circuit=found, names=(), out=None)
+    (one,) = requested_cards(task=None, circuit=found, names=(), out=None)
     assert (one.task, one.circuit, one.out) == ("planted", found, None)
-    (below,) = wanted_cards(task=None, circuit=found.parent, names=(), out=tmp_path / "cards")
+    (below,) = requested_cards(task=None, circuit=found.parent, names=(), out=tmp_path / "cards")
     assert below.circuit == found and below.out == tmp_path / "cards" / "planted"
-    two = wanted_cards(task=None, circuit=None, names=("planted", "other"), out=found.parent)
+    two = requested_cards(task=None, circuit=None, names=("planted", "other"), out=found.parent)
     assert [one.circuit for one in two] == [found, None] and two[1].out == found.parent / "other"
 
 

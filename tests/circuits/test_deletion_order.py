@@ -46,9 +46,9 @@ def test_each_next_node_is_the_one_whose_deletion_costs_least(question: Question
     node_k = kept_f.nonzero().flatten()[1:]  # one stays
 
     def cost(fewer_f: Tensor) -> float:
-        left_b = loss.left(loss.logits(loss.complement(fewer_f[None])))
+        left_b = loss.fraction_left(loss.logits(loss.complement(fewer_f[None])))
         beyond_b = (left_b - loss.config.left).clamp(min=0) / loss.config.left
-        return loss.measured(fewer_f[None], level)[1][0] + float(beyond_b.square().mean())
+        return loss.distances_and_terms(fewer_f[None], level)[1][0] + float(beyond_b.square().mean())
 
     order, here_f = [], kept_f.clone()
     for _ in node_k:

@@ -139,7 +139,7 @@ def test_masks_over_a_dense_models_nodes_are_literal_interventions(kind: str) ->
         steps_f = torch.zeros_like(mask_f).index_fill(0, torch.tensor(node), 1e-2)
         high, low = one.difference((mask_f + steps_f)[None]), one.difference((mask_f - steps_f)[None])
         assert float((high - low) / 2e-2) == pytest.approx(float(gradient_1f[0, node]), rel=0.05, abs=1e-4)
-    assert edge_count(subject, kept_f) == sum(int(matrix.inside(parts).sum()) for matrix in subject.matrices()) > 0
+    assert edge_count(subject, kept_f) == sum(int(matrix.edges_between(parts).sum()) for matrix in subject.matrices()) > 0
 
 
 @pytest.mark.parametrize("kind", ["gpt2", "llama"])

@@ -10,9 +10,9 @@ import torch
 from support.models import CONTEXT, VOCABULARY, planted_pairs, untrained
 from torch import Tensor
 
-from bridge.circuits.error_nodes import error_means, follow
+from bridge.circuits.error_nodes import error_means, follow_dense
 from bridge.circuits.masked_model import MaskedModel
-from bridge.circuits.masked_pass import serves
+from bridge.circuits.masked_pass import supports_model
 from bridge.circuits.question import Question
 from bridge.kernels.products import Compact
 from bridge.models.bridges import CoupledModels
@@ -37,13 +37,13 @@ def masked_models(
     corpus_bt = torch.randint(2, VOCABULARY, (6, CONTEXT), generator=torch.Generator().manual_seed(5))
     pairs, prompt = Question.of_pairs(planted_pairs(5, (4, 6)).both()), Question.of_prompt(corpus_bt[0, :7].clone(), 3)
     question = pairs if several else prompt
-    followed = follow(coupling, question.prompt_bt, question.last_b)
+    followed = follow_dense(coupling, question.prompt_bt, question.last_b)
     means = {**corpus_means(sparse, corpus_bt), **error_means(coupling, corpus_bt)}
-    assert not serves(sparse)
+    assert not supports_model(sparse)
     gates = MaskedModel(sparse, question, means, followed.errors, by_position=not several)
     for name, weight in sparse.packable().items():
         sparse.compact[name] = Compact.of(weight)
-    assert serves(sparse)
+    assert supports_model(sparse)
     compiled = MaskedModel(sparse, question, means, followed.errors, by_position=not several)
     sparse.compact.clear()
     return compiled, gates

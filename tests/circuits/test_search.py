@@ -52,7 +52,7 @@ def literal_logits(loss: CircuitLoss, kept_f: Tensor) -> Tensor:
 def test_a_circuit_is_as_far_off_as_the_prompts_are_in_the_mean_or_one_by_one(loss: CircuitLoss) -> None:
     pairs, kept_cf = planted_pairs(4, (4, 6)).both(), random_masks(loss)
     for level in (Level(0.9), Level(None)):
-        for kept_f, off in zip(kept_cf, loss.off(loss.logits(kept_cf), level), strict=True):
+        for kept_f, off in zip(kept_cf, loss.distance_alone(loss.logits(kept_cf), level), strict=True):
             logits_bv = literal_logits(loss, kept_f)
             all_bv = literal_logits(loss, torch.ones_like(kept_f))
             span = pairs.difference(all_bv).mean() - pairs.difference(literal_logits(loss, torch.zeros_like(kept_f))).mean()
@@ -66,11 +66,11 @@ def test_a_circuit_is_as_far_off_as_the_prompts_are_in_the_mean_or_one_by_one(lo
 def test_supersets_are_held_to_their_spread_over_prompts_as_well(loss: CircuitLoss) -> None:
     kept_f, level = random_masks(loss)[0], Level(0.9)
     miss_ub = torch.stack([loss.miss(literal_logits(loss, kept_f | superset_f)) for superset_f in loss.superset_uf])
-    alone = float(loss.off(loss.logits(kept_f[None]), level))
+    alone = float(loss.distance_alone(loss.logits(kept_f[None]), level))
     single_u = miss_ub.square().mean(1).sqrt() / CONFIG.superset_rms
     mean_u = torch.maximum(miss_ub.mean(1).abs(), single_u) / 0.1
     bounds = mean_u.mean(), miss_ub.square().mean().sqrt() / 0.1 / CONFIG.superset_rms, mean_u.max() / CONFIG.superset_worst
-    assert loss.worst(kept_f, level) == pytest.approx(float(max(alone, *bounds)), rel=1e-3)
+    assert loss.worst_distance(kept_f, level) == pytest.approx(float(max(alone, *bounds)), rel=1e-3)
 
 
 def test_what_a_deletion_leaves_is_a_mean_over_the_prompts(loss: CircuitLoss) -> None:
@@ -79,7 +79,9 @@ def test_what_a_deletion_leaves_is_a_mean_over_the_prompts(loss: CircuitLoss) ->
         pairs.difference(literal_logits(loss, mask_f)).mean()
         for mask_f in (~kept_f, torch.zeros_like(kept_f), torch.ones_like(kept_f))
     )
-    assert float(loss.left_by(kept_f[None])) == pytest.approx(float((without - nothing) / (whole - nothing)), abs=1e-4)
+    assert float(loss.left_after_deletion(kept_f[None])) == pytest.approx(
+        float((without - nothing) / (whole - nothing)), abs=1e-4
+    )
 
 
 def test_the_same_prompt_twice_is_measured_as_once(dense: DenseModel) -> None:
@@ -87,7 +89,7 @@ def test_the_same_prompt_twice_is_measured_as_once(dense: DenseModel) -> None:
     once, twice = loss_of(sparse, question), loss_of(sparse, question.rows(torch.tensor([0, 0])))
     for kept_f in random_masks(once, 4):
         for level in (Level(0.8), Level(None)):
-            assert once.worst(kept_f, level) == pytest.approx(twice.worst(kept_f, level), rel=1e-4, abs=1e-5)
+            assert once.worst_distance(kept_f, level) == pytest.approx(twice.worst_distance(kept_f, level), rel=1e-4, abs=1e-5)
 
 
 def test_the_gradient_over_prompts_is_that_of_finite_differences(loss: CircuitLoss) -> None:

@@ -8,7 +8,7 @@ from support.circuits_subject_cases import corpus, switched_on_f
 from support.models import planted_pairs
 from torch import Tensor
 
-from bridge.circuits.subject import SparseSubject, edge_count, in_order, masked_gate, switched_on
+from bridge.circuits.subject import SparseSubject, active_nodes, edge_count, masked_gate, sort_pairs
 from bridge.data.task_tokens import TokenPairs
 from bridge.models.circuit import ablation_gate, recording_gate
 from bridge.models.sparse import Gate, Location, identity_gate
@@ -24,7 +24,7 @@ def recorded(subject: SparseSubject, pairs: TokenPairs, gate: Gate = identity_ga
 
 def test_switched_on_are_the_nodes_of_each_prompt_by_itself(subject: SparseSubject) -> None:
     pairs = planted_pairs(lengths=(4, 7))
-    assert torch.equal(switched_on(subject, pairs), switched_on_f(subject, pairs))
+    assert torch.equal(active_nodes(subject, pairs), switched_on_f(subject, pairs))
 
 
 def test_keeping_every_node_is_the_model_exactly(subject: SparseSubject) -> None:
@@ -88,5 +88,5 @@ def test_edges_are_nonzero_weights_between_kept_nodes(subject: SparseSubject) ->
 def test_pairs_have_an_order_of_their_own() -> None:
     pairs = planted_pairs(lengths=(4, 7))
     shuffled = pairs.rows(torch.randperm(len(pairs), generator=torch.Generator().manual_seed(0)))
-    one, other = in_order(pairs), in_order(shuffled)
+    one, other = sort_pairs(pairs), sort_pairs(shuffled)
     assert torch.equal(one.prompt_bt, other.prompt_bt) and torch.equal(one.answer_bk, other.answer_bk)

@@ -11,8 +11,16 @@ from support.models import VOCABULARY, planted_pairs, planted_sparse
 from bridge.circuits.error_nodes import error_means
 from bridge.circuits.loss import CircuitLoss, Level, SearchConfig
 from bridge.circuits.necessity import backup_nodes
-from bridge.circuits.search import Nested
-from bridge.circuits.task_search import SearchError, TaskLosses, divided, spread, task_loss, task_losses, with_all_splits
+from bridge.circuits.search import NestedMasks
+from bridge.circuits.task_search import (
+    SearchError,
+    TaskLosses,
+    select_prompts,
+    split_prompts,
+    task_loss,
+    task_losses,
+    with_all_splits,
+)
 from bridge.data.task_tokens import Resolved, TokenPairs
 from bridge.evidence.sufficiency import NestedCircuit, measure_circuit, superset_draws
 from bridge.models.bridges import CoupledModels
@@ -42,15 +50,15 @@ def found(coupling: CoupledModels, resolved: Resolved) -> TaskLosses:
     return task_losses(resolved, lambda pairs: task_loss(coupling, means, pairs, CONFIG, dense=False))
 
 
-def measured(test: CircuitLoss, nested: Nested, place: int = 0) -> NestedCircuit:
+def measured(test: CircuitLoss, nested: NestedMasks, place: int = 0) -> NestedCircuit:
     level, kept_f = nested.levels[place], nested.kept(place)
-    return measure_circuit(test, kept_f, superset_draws(test, 6, 0), level.faithfulness, None, test.within(kept_f, level))
+    return measure_circuit(test, kept_f, superset_draws(test, 6, 0), level.faithfulness, None, test.meets_bounds(kept_f, level))
 
 
 def test_a_tasks_circuit_is_measured_where_it_was_not_searched(coupling: CoupledModels, dense: DenseModel) -> None:
     losses = found(planted(coupling, dense), task())
-    opened = losses.opened()
-    nested = losses.nested(opened_f=opened.kept(0))
+    opened = losses.find_opening_circuit()
+    nested = losses.find_nested_circuits(opened_f=opened.kept(0))
     measures = [measured(losses.test, nested, place) for place in range(len(nested.levels))]
     at_opening = measures[CONFIG.opening]
     assert torch.equal(nested.kept(CONFIG.opening), opened.kept(0))
@@ -70,14 +78,14 @@ def test_what_is_left_of_several_prompts_is_the_mean_of_each_alone(coupling: Cou
     def left(count: int) -> float:
         without_f = loss.complement(none_f).index_fill(0, node_k[:count], False)
         rows = torch.arange(len(loss.model_b)).split(1)
-        return float(torch.cat([loss.left(loss.masked.logits(without_f[None], row_r), row_r) for row_r in rows]).mean())
+        return float(torch.cat([loss.fraction_left(loss.masked.logits(without_f[None], row_r), row_r) for row_r in rows]).mean())
 
     assert 0 < len(node_k) < len(none_f) and left(0) > loss.config.left >= left(len(node_k))
 
 
 def test_prompts_that_are_learnt_from_are_of_other_pairs_than_those_that_circuits_are_held_to() -> None:
     train, validation = planted_pairs(90, (4, 6)), planted_pairs(40, (5,), seed=1)
-    learnt, held = divided(train, validation)
+    learnt, held = split_prompts(train, validation)
     assert len(held) == 32 and len(learnt) > 64
 
     def pairs_of(pairs: TokenPairs) -> set[tuple[int, ...]]:
@@ -90,8 +98,11 @@ def test_prompts_that_are_learnt_from_are_of_other_pairs_than_those_that_circuit
     for some in (learnt, held):
         assert set(some.answer_bk.flatten().tolist()) == {4, 5}
     backwards = train.rows(torch.arange(len(train) - 1, -1, -1))
-    assert torch.equal(spread(train, 5).prompt_bt, spread(backwards, 5).prompt_bt) and len(spread(train, 5)) == 5
-    assert len(spread(planted_pairs(3), 8)) == 6
+    assert (
+        torch.equal(select_prompts(train, 5).prompt_bt, select_prompts(backwards, 5).prompt_bt)
+        and len(select_prompts(train, 5)) == 5
+    )
+    assert len(select_prompts(planted_pairs(3), 8)) == 6
 
 
 def test_the_measures_are_those_of_each_prompt_alone(coupling: CoupledModels) -> None:
@@ -100,7 +111,7 @@ def test_the_measures_are_those_of_each_prompt_alone(coupling: CoupledModels) ->
     test = task_loss(coupling, means, pairs, CONFIG)
     size = test.masked.space.size
     level_f = torch.randint(0, 2, (size,), generator=torch.Generator().manual_seed(0))
-    one = measured(test, Nested((Level(0.9),), level_f, (0.0,)))
+    one = measured(test, NestedMasks((Level(0.9),), level_f, (0.0,)))
     assert one.errors == int((test.masked.is_error_f & (level_f == 0)).sum()) > 0
 
     kept_f, dense_bv = level_f == 0, []
@@ -127,7 +138,7 @@ def test_what_is_left_is_without_the_circuit(coupling: CoupledModels, dense: Den
     means = corpus_means(sparse, corpus())
     test = task_loss(coupling, means, pairs, CONFIG, dense=False)
     kept_f = torch.rand(test.masked.space.size, generator=torch.Generator().manual_seed(4)) < 0.5
-    one = measured(test, Nested((Level(0.9),), (~kept_f).long(), (0.0,)))
+    one = measured(test, NestedMasks((Level(0.9),), (~kept_f).long(), (0.0,)))
     length = pairs.prompt_bt.shape[1]
 
     def mean_difference(mask_f: torch.Tensor) -> float:

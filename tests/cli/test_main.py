@@ -19,7 +19,7 @@ from typer.main import get_command
 from typer.testing import Result
 
 from bridge import __version__
-from bridge.cli.console import Watcher
+from bridge.cli.console import FitProgress
 from bridge.cli.main import app, main
 from bridge.errors import RunError, UserError
 from bridge.models import store as checkpoint
@@ -102,7 +102,7 @@ def test_fit_says_what_it_does_and_how_it_stands(fitted: tuple[Path, Result], de
 def test_progress_when_redirected_is_a_line_now_and_then(capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
     clock = [0.0]
     monkeypatch.setattr("time.monotonic", lambda: clock[0])
-    watch = Watcher(quiet=False)
+    watch = FitProgress(quiet=False)
     for second in range(0, 100, 5):
         clock[0] = float(second)
         watch(Progress(second, 100, second * 64, second / 100, {"total": 2.0, "ce": 1.25}, 0.5, 64.0, 3723.0))

@@ -10,19 +10,19 @@ import scipy.stats
 import torch
 from torch import Tensor
 
-from bridge.circuits.error_nodes import Followed, error_means, follow
+from bridge.circuits.error_nodes import Followed, error_means, follow_dense
 from bridge.circuits.loss import CircuitLoss, SearchConfig
 from bridge.circuits.masked_model import MaskedModel, integrated_gradients
 from bridge.circuits.necessity import backup_nodes
 from bridge.circuits.question import Question
-from bridge.circuits.search import Nested
+from bridge.circuits.search import NestedMasks
 from bridge.evidence.carry import Transporter
-from bridge.evidence.controls import active_nodes, another_prompt, matched, node_values
-from bridge.evidence.deletion import Deletion, delete, delete_groups
+from bridge.evidence.controls import active_nodes, circuits_of_other_prompts, matched_nodes, node_values
+from bridge.evidence.deletion import Deletion, delete_circuits, delete_groups
 from bridge.evidence.effects import Effect, effect_profile, permuted_null, profile_measure, profile_nodes, rank_correlation
 from bridge.evidence.measures import Criterion
-from bridge.evidence.patching import Counterfactual, counterfactual_effect, dense_losses, mean_share, patched
-from bridge.evidence.sufficiency import adversary, measure_nested, strongest, superset_draws
+from bridge.evidence.patching import Counterfactual, counterfactual_effect, dense_losses, mean_share, patch_circuits
+from bridge.evidence.sufficiency import adversarial_faithfulness, first_node_names, measure_nested, superset_draws
 from bridge.models.bridges import CoupledModels
 from bridge.models.circuit import corpus_means
 from bridge.models.dense import DenseModel
@@ -89,7 +89,7 @@ def case(dense: DenseModel) -> Case:
     reference_bt = torch.randint(2, VOCABULARY, (6, CONTEXT), generator=torch.Generator().manual_seed(5))
     coupling = CoupledModels(coupling.dense, coupling.sparse, coupling.bridges, coupling.recipe, reference_bt)
     tokens_t = torch.randint(2, VOCABULARY, (LENGTH,), generator=torch.Generator().manual_seed(6))
-    followed = follow(coupling, tokens_t[None], torch.tensor([LENGTH - 1]))
+    followed = follow_dense(coupling, tokens_t[None], torch.tensor([LENGTH - 1]))
     means = {**corpus_means(coupling.sparse, reference_bt), **error_means(coupling, reference_bt)}
     question = Question.of_prompt(tokens_t, int(followed.dense_bv[0].argmax()))
     loss = CircuitLoss(MaskedModel(coupling.sparse, question, means, followed.errors), followed.dense_bv, SearchConfig())
@@ -113,7 +113,7 @@ def assert_close(value: float, expected: float) -> None:
 
 
 def test_deletion_is_the_literal_one_at_every_site(case: Case, transporter: Transporter) -> None:
-    (found,) = delete(transporter, case.kept_f[None])
+    (found,) = delete_circuits(transporter, case.kept_f[None])
     whole = case.sparse_run(transporter.reference_f)
     without = case.sparse_run(transporter.reference_f & ~case.kept_f)
     d_whole = case.d(whole.logits_btv[0, -1])
@@ -127,7 +127,7 @@ def test_deletion_is_the_literal_one_at_every_site(case: Case, transporter: Tran
 
 
 def test_a_deletion_that_deletes_nothing_loses_nothing(case: Case, transporter: Transporter) -> None:
-    (found,) = delete(transporter, torch.zeros_like(case.kept_f)[None])
+    (found,) = delete_circuits(transporter, torch.zeros_like(case.kept_f)[None])
     assert found.lost == 0
     assert max(map(abs, (*found.dense_j, *found.sparse_j))) < 1e-4
     assert found.ratio(1 / 3) is None
@@ -136,7 +136,7 @@ def test_a_deletion_that_deletes_nothing_loses_nothing(case: Case, transporter: 
 def test_the_ratio_is_the_least_behind_the_nodes() -> None:
     dense_jb, sparse_jb = (np.array([lost_j]).T for lost_j in ((0.0, 0.1, 0.6, 0.2), (0.0, 0.2, 0.8, 0.4)))
     found = Deletion(np.array([0.9]), dense_jb, sparse_jb)
-    assert found.behind(1 / 3) == (2, 3)
+    assert found.sites_after_circuit(1 / 3) == (2, 3)
     assert found.ratio(1 / 3) == pytest.approx(0.5) and found.ratio_interval(1 / 3, 0) is None
     assert found.best == 0.6
 
@@ -165,7 +165,7 @@ def test_matched_nodes_are_active_others_of_the_same_places(case: Case) -> None:
     for at, active_tn in space.split(active_f).items():
         expected_tn = torch.zeros_like(active_tn) if at.kind == ERROR else values[at][0] != 0
         assert torch.equal(active_tn, expected_tn)
-    drawn_cf = matched(masked, case.kept_f, 3, torch.Generator().manual_seed(0))
+    drawn_cf = matched_nodes(masked, case.kept_f, 3, torch.Generator().manual_seed(0))
     assert not bool((drawn_cf & case.kept_f).any())
     assert not bool((drawn_cf & ~active_f).any())
     pool = space.split(active_f & ~case.kept_f)
@@ -178,32 +178,32 @@ def test_matched_nodes_are_active_others_of_the_same_places(case: Case) -> None:
 
 
 def test_another_prompts_circuit_has_as_many_nodes_and_no_errors(case: Case) -> None:
-    other_cf = another_prompt(case.coupling, case.masked, case.kept_f, 2, torch.Generator().manual_seed(0))
+    other_cf = circuits_of_other_prompts(case.coupling, case.masked, case.kept_f, 2, torch.Generator().manual_seed(0))
     count = int((case.kept_f & ~case.masked.is_error_f).sum())
     assert other_cf.sum(1).tolist() == [count, count]
     assert not bool((other_cf & case.masked.is_error_f).any())
     without = CoupledModels(case.coupling.dense, case.coupling.sparse, case.coupling.bridges, case.coupling.recipe)
-    assert len(another_prompt(without, case.masked, case.kept_f, 2, torch.Generator())) == 0
+    assert len(circuits_of_other_prompts(without, case.masked, case.kept_f, 2, torch.Generator())) == 0
 
 
 def test_integrated_gradients_add_up_to_the_difference_along_the_path(case: Case) -> None:
     over_f, loss = torch.ones_like(case.kept_f), case.loss
-    score_f = integrated_gradients(case.masked, lambda mask_rf: loss.gradient(mask_rf, loss.left), over_f, 1)
-    low, high = (float(loss.left(case.masked.logits((mix * over_f)[None]))) for mix in (0.498, 0.502))
+    score_f = integrated_gradients(case.masked, lambda mask_rf: loss.gradient(mask_rf, loss.fraction_left), over_f, 1)
+    low, high = (float(loss.fraction_left(case.masked.logits((mix * over_f)[None]))) for mix in (0.498, 0.502))
     assert float(score_f.sum()) == pytest.approx((high - low) / 0.004, rel=0.02)
     half_f = torch.rand(len(over_f), generator=torch.Generator().manual_seed(1)) < 0.5
-    half = integrated_gradients(case.masked, lambda mask_rf: loss.gradient(mask_rf, loss.left), half_f, 2)
+    half = integrated_gradients(case.masked, lambda mask_rf: loss.gradient(mask_rf, loss.fraction_left), half_f, 2)
     assert not bool(half[~half_f].any())
 
 
 # -- nested circuits in the sparse model ------------------------------------------------------------------------------------
 
 
-def nested_of(case: Case) -> Nested:
+def nested_of(case: Case) -> NestedMasks:
     levels = case.loss.config.nested()
     draw_f = torch.rand(len(case.kept_f), generator=torch.Generator().manual_seed(11))
     level_f = torch.where(case.kept_f, 1, (2 + 4 * draw_f).long().clamp(max=len(levels)))
-    return Nested(levels, level_f, (0.9, 0.9, 1.1, 0.5, 0.5))
+    return NestedMasks(levels, level_f, (0.9, 0.9, 1.1, 0.5, 0.5))
 
 
 def test_nested_circuits_are_measured_as_they_are_defined(case: Case) -> None:
@@ -234,7 +234,7 @@ def test_nested_circuits_are_measured_as_they_are_defined(case: Case) -> None:
 
 
 def test_the_adversary_does_worse_than_its_start_and_its_draws(case: Case) -> None:
-    (lowest,) = adversary(case.loss, case.kept_f[None]).tolist()
+    (lowest,) = adversarial_faithfulness(case.loss, case.kept_f[None]).tolist()
     half_f = torch.where(case.loss.complement(case.kept_f), 0.5, case.kept_f.float())
     start = 1 - abs(float(case.loss.miss(case.masked.logits(half_f[None]))))
     draws = 1 - case.loss.miss(case.masked.logits(case.kept_f | superset_draws(case.loss, 20, 0))).abs()
@@ -247,12 +247,12 @@ def test_a_backup_is_enough_and_no_larger_than_it_must_be(case: Case) -> None:
     whole_f = case.loss.complement(none_f)
 
     def left(count: int) -> float:
-        return float(case.loss.left(case.masked.logits(whole_f.index_fill(0, node_k[:count], False)[None])))
+        return float(case.loss.fraction_left(case.masked.logits(whole_f.index_fill(0, node_k[:count], False)[None])))
 
     if left(0) <= case.loss.config.left:
         assert not len(node_k)
     else:
-        assert len(node_k) and len(strongest(case.masked, node_k)) == min(5, len(node_k))
+        assert len(node_k) and len(first_node_names(case.masked, node_k)) == min(5, len(node_k))
         assert left(len(node_k)) <= case.loss.config.left or len(node_k) == int(active_nodes(case.masked).sum())
         assert left(0) > case.loss.config.left
     assert not len(backup_nodes(case.loss, torch.ones_like(none_f)))
@@ -300,12 +300,12 @@ def test_a_profile_that_only_sites_explain_is_no_better_than_its_null() -> None:
 
 def other_prompt(case: Case) -> Counterfactual:
     tokens_t = torch.randint(2, VOCABULARY, (LENGTH,), generator=torch.Generator().manual_seed(16))
-    return Counterfactual(tokens_t[None], follow(case.coupling, tokens_t[None], torch.tensor([LENGTH - 1])))
+    return Counterfactual(tokens_t[None], follow_dense(case.coupling, tokens_t[None], torch.tensor([LENGTH - 1])))
 
 
 def test_patching_takes_the_circuits_values_from_the_counterfactual(case: Case, transporter: Transporter) -> None:
     there = other_prompt(case)
-    moved_j = dense_losses(transporter, patched(transporter, there, case.kept_f[None]))[0, :, 0].tolist()
+    moved_j = dense_losses(transporter, patch_circuits(transporter, there, case.kept_f[None]))[0, :, 0].tolist()
     other = Case(case.coupling, there.prompt_bt[0], there.followed, case.loss, case.kept_f)
     parts, reference, space = case.masked.space.split(case.kept_f), transporter.reference_f, case.masked.space
     values: dict[Location, Tensor] = {}
@@ -335,7 +335,7 @@ def test_patching_takes_the_circuits_values_from_the_counterfactual(case: Case, 
 
 def test_patching_with_the_prompt_itself_moves_nothing(case: Case, transporter: Transporter) -> None:
     same = Counterfactual(case.tokens_t[None], case.followed)
-    assert float(dense_losses(transporter, patched(transporter, same, case.kept_f[None])).abs().max()) < 1e-4
+    assert float(dense_losses(transporter, patch_circuits(transporter, same, case.kept_f[None])).abs().max()) < 1e-4
     assert float(counterfactual_effect(transporter, same)) == pytest.approx(0, abs=1e-4)
     there = other_prompt(case)
     expected = case.d(case.followed.dense_bv[0]) - case.d(there.followed.dense_bv[0])
@@ -345,4 +345,4 @@ def test_patching_with_the_prompt_itself_moves_nothing(case: Case, transporter: 
 
 def test_a_counterfactual_of_another_length_is_refused(case: Case, transporter: Transporter) -> None:
     with pytest.raises(ValueError, match="5 tokens and the prompt 6"):
-        patched(transporter, Counterfactual(case.tokens_t[None, 1:], case.followed), case.kept_f[None])
+        patch_circuits(transporter, Counterfactual(case.tokens_t[None, 1:], case.followed), case.kept_f[None])

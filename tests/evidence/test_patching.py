@@ -10,21 +10,21 @@ from support.models import planted_pairs, untrained
 from support.studies_task_cases import answered, case_of, copied, decoded, dense_difference, some_nodes
 from torch import Tensor
 
-from bridge.circuits.error_nodes import follow
+from bridge.circuits.error_nodes import follow_dense
 from bridge.data.task_tokens import TokenPairs
 from bridge.evidence import patching
 from bridge.evidence.carry import Transporter
-from bridge.evidence.controls import matched
+from bridge.evidence.controls import matched_nodes
 from bridge.evidence.measures import Measure
 from bridge.evidence.patching import (
     Counterfactual,
     counterfactual_effect,
     dense_losses,
     dense_writes,
-    other_pairs,
-    patched,
+    other_pair_shares,
+    patch_circuits,
     patching_measures,
-    rotations,
+    rotated_shares,
 )
 from bridge.models.bridges import CoupledModels
 from bridge.models.circuit import recording_gate
@@ -39,12 +39,12 @@ def copy() -> CoupledModels:
 
 
 def swapped(coupling: CoupledModels, pairs: TokenPairs) -> Counterfactual:
-    return Counterfactual(pairs.counterfactual_bt, follow(coupling, pairs.counterfactual_bt, pairs.last_b))
+    return Counterfactual(pairs.counterfactual_bt, follow_dense(coupling, pairs.counterfactual_bt, pairs.last_b))
 
 
 def measured(coupling: CoupledModels, kept_f: Tensor | None = None, pairs: TokenPairs | None = None) -> dict[str, Measure]:
     transporter, kept_f, pairs = case_of(coupling, kept_f, pairs)
-    matched_cf = matched(transporter.masked, kept_f, 3, torch.Generator().manual_seed(0))
+    matched_cf = matched_nodes(transporter.masked, kept_f, 3, torch.Generator().manual_seed(0))
     measures = patching_measures(transporter, swapped(coupling, pairs), kept_f, matched_cf, 0.5, 0)
     return {measure.key: measure for measure in measures}
 
@@ -61,7 +61,7 @@ def test_the_circuit_takes_its_values_on_each_counterfactual(dense: DenseModel, 
     coupling = untrained(dense)
     transporter, kept_f, pairs = case_of(coupling, some_nodes(coupling), errors=errors)
     there = swapped(coupling, pairs)
-    (moved_jb,) = dense_losses(transporter, patched(transporter, there, kept_f[None]))
+    (moved_jb,) = dense_losses(transporter, patch_circuits(transporter, there, kept_f[None]))
     kept, means = transporter.masked.space.split(kept_f), transporter.masked.means
     for row in (0, 5, 11):
         length = int(pairs.last_b[row]) + 1
@@ -128,12 +128,12 @@ def test_half_of_the_nodes_carry_less_than_all_and_stand_beside_controls(copy: C
 
 def test_a_rotation_keeps_every_length_and_is_one_for_all(copy: CoupledModels, monkeypatch: pytest.MonkeyPatch) -> None:
     transporter, kept_f, pairs = case_of(copy)
-    (changes,) = patching.patched(transporter, swapped(copy, pairs), kept_f[None])
+    (changes,) = patching.patch_circuits(transporter, swapped(copy, pairs), kept_f[None])
     seen = []
     monkeypatch.setattr(
         Transporter, "lost_by", lambda self, row_k, site_k, x: (seen.append((row_k, site_k, x)), torch.zeros(len(x)))[1]
     )
-    rotations(transporter, changes, torch.ones(12), torch.Generator().manual_seed(0), 4)
+    rotated_shares(transporter, changes, torch.ones(12), torch.Generator().manual_seed(0), 4)
     row_k, site_k, turned_ktd = seen[3]
     assert row_k.tolist() == list(range(12)) and set(site_k.tolist()) == set(range(1, copy.n_sites))
     straight_ktd = torch.cat(
@@ -151,7 +151,7 @@ def test_others_pairs_changes_are_of_other_pairs_of_the_same_length(copy: Couple
         patching, "_decoded", lambda transporter, changes, row_k, site_k: seen.append(row_k) or torch.zeros(len(row_k))
     )
     monkeypatch.setattr(Transporter, "lost_by", lambda self, row_k, site_k, x: (seen.append(row_k), torch.zeros(len(x)))[1])
-    found = other_pairs(
+    found = other_pair_shares(
         transporter, changes_of(transporter, torch.arange(12.0)), torch.ones(12), torch.Generator().manual_seed(0), 1
     )
     given_k, row_k = seen
@@ -163,7 +163,7 @@ def test_a_single_prompt_has_no_interval_and_no_other_pairs(copy: CoupledModels)
     measures = measured(copy, some_nodes(copy, 0.7), answered(copy.dense, planted_pairs(1)))
     assert set(measures) == {"patching"} and measures["patching"].interval is None
     few, _, _ = case_of(copy, None, answered(copy.dense, planted_pairs(2)))
-    row_k, site_k = patching._items(few, 0)
+    row_k, site_k = patching._draw_items(few, 0)
     assert row_k.tolist() == [0] * 4 + [1] * 4 and site_k.tolist() == [1, 2, 3, 4] * 2
 
 

@@ -7,9 +7,9 @@ import torch
 from support.models import untrained
 from support.studies_task_cases import case_of, copied, dense_difference, literal_run, some_nodes
 
-from bridge.evidence.controls import matched
+from bridge.evidence.controls import matched_nodes
 from bridge.evidence.measures import Measure
-from bridge.evidence.substitution import spans, substituted, substitution_measures
+from bridge.evidence.substitution import spans, substitute_span, substitution_measures
 from bridge.models.bridges import CoupledModels
 from bridge.models.dense import DenseModel
 from bridge.models.residual import Enter
@@ -28,7 +28,7 @@ def test_spans_are_all_blocks_and_each() -> None:
 
 def measured(coupling: CoupledModels, kept_f: torch.Tensor | None = None, draws: int = 6) -> tuple[Measure, Measure]:
     transporter, kept_f, _ = case_of(coupling, kept_f)
-    matched_cf = matched(transporter.masked, kept_f, draws, torch.Generator().manual_seed(0))
+    matched_cf = matched_nodes(transporter.masked, kept_f, draws, torch.Generator().manual_seed(0))
     kept, rest = substitution_measures(transporter, kept_f, matched_cf, 0.8, 0.3, 0)
     return kept, rest
 
@@ -38,7 +38,7 @@ def measured(coupling: CoupledModels, kept_f: torch.Tensor | None = None, draws:
 def test_a_span_is_encoded_computed_and_decoded(dense: DenseModel, errors: bool) -> None:
     coupling = untrained(dense)
     transporter, kept_f, pairs = case_of(coupling, some_nodes(coupling), errors=errors)
-    found_b = substituted(transporter, (2, 4), kept_f)
+    found_b = substitute_span(transporter, (2, 4), kept_f)
     for row in (0, 11):
         length = int(pairs.last_b[row]) + 1
         x_1ts = coupling.bridges[2].encode(transporter.dense.residuals[2][row : row + 1, :length])
@@ -71,7 +71,8 @@ def test_a_circuits_errors_are_not_taken_from_the_blocks_it_replaces(dense: Dens
     transporter, kept_f, _ = case_of(untrained(dense), errors=True)
     with_errors_f = kept_f | transporter.masked.is_error_f
     assert not torch.equal(
-        torch.tensor(substituted(transporter, (0, 4), kept_f)), torch.tensor(substituted(transporter, (0, 4), with_errors_f))
+        torch.tensor(substitute_span(transporter, (0, 4), kept_f)),
+        torch.tensor(substitute_span(transporter, (0, 4), with_errors_f)),
     )
     found, expected = (
         substitution_measures(transporter, mask_f, kept_f[None], 0.8, 0.3, 0) for mask_f in (with_errors_f, kept_f)

@@ -24,7 +24,7 @@ from typer.testing import CliRunner
 from bridge.cli.main import app
 from bridge.explanations.build import explain
 from bridge.explanations.explanation import Explanation, read_explanation
-from bridge.explanations.page import DESCRIBED, PageError, described_nodes, embedded_json, page_data, render_html, write_page
+from bridge.explanations.page import MAX_NODE_PAGES, PageError, described_nodes, embedded_json, page_data, render_html, write_page
 from bridge.explanations.parts import Answered
 from bridge.models import store as checkpoint
 from bridge.models.bridges import CoupledModels
@@ -108,7 +108,7 @@ def test_pages_of_nodes_are_those_of_the_strongest(explained: tuple[CoupledModel
     assert coupling.reference_bt is not None
     collect_nodes(coupling, coupling.reference_bt, folder=tmp_path)
     pages = described_nodes(coupling, explanation)
-    strongest = sorted(explanation.nodes, key=lambda node: -abs(node.effect or 0))[:DESCRIBED]
+    strongest = sorted(explanation.nodes, key=lambda node: -abs(node.effect or 0))[:MAX_NODE_PAGES]
     assert set(pages) == {node.name for node in strongest if node.kind != ERROR} and pages
     for name, page in pages.items():
         assert page["name"] == name

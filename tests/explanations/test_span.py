@@ -12,9 +12,9 @@ from support.models import CONTEXT, VOCABULARY, tiny_gpt2, tiny_tokenizer
 from transformers import AutoModelForCausalLM
 
 import bridge
-from bridge.circuits.error_nodes import follow, reference_means
+from bridge.circuits.error_nodes import follow_dense, reference_means
 from bridge.circuits.masked_model import MaskedModel
-from bridge.circuits.masked_pass import serves
+from bridge.circuits.masked_pass import supports_model
 from bridge.circuits.question import Question
 from bridge.graph.attribution import draw_edges
 from bridge.graph.flow import flow_through
@@ -46,7 +46,7 @@ def masked_model(span: CoupledModels) -> MaskedModel:
     """The span's sparse model on the prompt, errors included."""
     assert span.reference_bt is not None
     tokens_t = torch.tensor(span.dense.prompts.read(PROMPT, CONTEXT))
-    followed = follow(span, tokens_t[None], torch.tensor([len(tokens_t) - 1]))
+    followed = follow_dense(span, tokens_t[None], torch.tensor([len(tokens_t) - 1]))
     question = Question.of_prompt(tokens_t, int(followed.dense_bv[0].argmax()), None)
     return MaskedModel(span.sparse, question, reference_means(span, span.reference_bt), followed.errors)
 
@@ -66,9 +66,9 @@ def test_with_every_error_it_has_the_models_own_d(span: CoupledModels) -> None:
 def test_no_compiled_pass_serves_it(span: CoupledModels) -> None:
     span.sparse.compact["blocks.0.q.weight"] = Compact.of(span.sparse.get_parameter("blocks.0.q.weight"))
     try:
-        assert span.sparse.achieved_l0() <= 0.6 and not serves(span.sparse)
+        assert span.sparse.achieved_l0() <= 0.6 and not supports_model(span.sparse)
         span.sparse.shape = span.sparse.shape.model_copy(update={"blocks": None})
-        assert serves(span.sparse)  # nothing else is in the way
+        assert supports_model(span.sparse)  # nothing else is in the way
     finally:
         span.sparse.compact.clear()
         span.sparse.shape = span.recipe.sparse
@@ -183,6 +183,9 @@ def test_every_command_takes_a_span(tmp_path: Path, text_file: Path) -> None:
 
 def test_what_is_no_span_is_refused_before_anything_is_written(tmp_path: Path, dense_folder: Path) -> None:
     out = tmp_path / "out"
-    for blocks, message in (("1:9", "is not a span of the dense model's 2 blocks"), ("x", "must be a slice of the dense model's")):
+    for blocks, message in (
+        ("1:9", "is not a span of the dense model's 2 blocks"),
+        ("x", "must be a slice of the dense model's"),
+    ):
         assert_refused(run("fit", dense_folder, "--blocks", blocks, "--out", out), message)
     assert not out.exists()

@@ -12,7 +12,7 @@ from support.cli_cases import assert_refused, run
 from support.finetune_cases import PROMPT, adapter_folder, base_folder, gone_on
 from support.span_cases import span_folder  # noqa: F401
 
-from bridge.circuits.error_nodes import Followed, follow
+from bridge.circuits.error_nodes import Followed, follow_dense
 from bridge.circuits.question import Question
 from bridge.finetunes.diff import DiffConfig, DiffError, diff, read_prompts, transplanted
 from bridge.finetunes.grafts import KINDS, Grafts
@@ -51,7 +51,7 @@ def tuned(folder: Path, base: CoupledModels) -> CoupledModels:
 def grafts_of(base: CoupledModels, tuned: CoupledModels) -> tuple[Grafts, Followed, Followed]:
     tokens_t = torch.tensor(base.dense.prompts.read(PROMPT, base.context))
     last_b = torch.tensor([len(tokens_t) - 1])
-    ours, theirs = (follow(one, tokens_t[None], last_b) for one in (base, tuned))
+    ours, theirs = (follow_dense(one, tokens_t[None], last_b) for one in (base, tuned))
     question = Question.of_prompt(tokens_t, int(theirs.dense_bv[0].argmax()))
     return Grafts.of(base, tuned, question, ours, theirs), ours, theirs
 

@@ -12,7 +12,7 @@ from support.circuits_attribution_cases import Frozen, edges_of, masked_model, s
 from torch import Tensor
 
 from bridge.graph import attention as module
-from bridge.graph.attention import ExplainedHead, explain_attention, read_by
+from bridge.graph.attention import ExplainedHead, attention_reads, explain_attention
 from bridge.graph.flow import Flow, flow_through
 from bridge.models.circuit import Node
 from bridge.models.sparse import Location, SparseTransformer
@@ -175,7 +175,7 @@ def test_what_nodes_read_from_a_position_is_moved_by_every_query_head(kv_heads: 
                     moved = float(change_tn[position, group * channels + channel])
                     expected[position] += read * moved * float(weight_mn[node.index, head * channels + channel]) * gradient
     assert max(map(abs, expected)) > 1e-4
-    assert read_by(flow, nodes).tolist() == pytest.approx(expected, rel=1e-6, abs=1e-8)
+    assert attention_reads(flow, nodes).tolist() == pytest.approx(expected, rel=1e-6, abs=1e-8)
 
 
 def test_only_the_heads_that_matter_most_are_told() -> None:
@@ -198,6 +198,6 @@ def test_rows_in_batches_are_the_same_rows(monkeypatch: pytest.MonkeyPatch) -> N
     flow = random_flow(model())
     whole, _ = explain_attention(flow)
     monkeypatch.setattr("bridge.circuits.masked_model._ROW_TOKENS", 24)
-    assert flow.masked.rows == 4
+    assert flow.masked.rows_per_batch == 4
     for head, same in zip(whole, explain_attention(flow)[0], strict=True):
         assert same.effect == pytest.approx(head.effect, abs=1e-12) and same.query == head.query

@@ -7,7 +7,7 @@ import torch
 from support.models import CONTEXT, VOCABULARY, untrained
 from torch import Tensor
 
-from bridge.circuits.error_nodes import error_means, follow
+from bridge.circuits.error_nodes import error_means, follow_dense
 from bridge.circuits.loss import CircuitLoss, Level, SearchConfig
 from bridge.circuits.masked_model import MaskedModel
 from bridge.circuits.question import Question
@@ -29,7 +29,7 @@ def loss(dense: DenseModel) -> CircuitLoss:
     coupling.sparse.requires_grad_(False)
     corpus_bt = torch.randint(2, VOCABULARY, (6, CONTEXT), generator=torch.Generator().manual_seed(5))
     tokens_t = corpus_bt[1, :LENGTH].clone()
-    followed = follow(coupling, tokens_t[None], torch.tensor([LENGTH - 1]))
+    followed = follow_dense(coupling, tokens_t[None], torch.tensor([LENGTH - 1]))
     means = {**corpus_means(coupling.sparse, corpus_bt), **error_means(coupling, corpus_bt)}
     masked = MaskedModel(coupling.sparse, Question.of_prompt(tokens_t, 3), means, followed.errors)
     return CircuitLoss(masked, followed.dense_bv, SearchConfig())

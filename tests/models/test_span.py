@@ -11,7 +11,7 @@ from support.models import tiny_gpt2, tiny_tokenizer
 from support.tiny_families import some_tokens, tiny
 from torch import Tensor
 
-from bridge.circuits.error_nodes import follow
+from bridge.circuits.error_nodes import follow_dense
 from bridge.models import span as span_module
 from bridge.models.bridges import CoupledModels, new_coupling
 from bridge.models.dense import load_dense
@@ -96,7 +96,7 @@ def test_errors_make_it_follow_the_model_exactly(family: str) -> None:
     last_b = torch.tensor([9, 6])
     wanted_bv = tiny(family)(tokens_bt).logits[torch.arange(2), last_b]
     assert float((coupling.sparse.run(tokens_bt).logits_btv[torch.arange(2), last_b] - wanted_bv).abs().max()) > 0.05
-    followed = follow(coupling, tokens_bt, last_b)
+    followed = follow_dense(coupling, tokens_bt, last_b)
     torch.testing.assert_close(followed.dense_bv, wanted_bv, rtol=0, atol=1e-5)
     for row, last in enumerate(last_b.tolist()):  # a prompt at a time, as the error on the logits is that of its last token
         errors = {at: error_bts[row : row + 1, : last + 1] for at, error_bts in followed.errors.items()}

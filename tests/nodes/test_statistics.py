@@ -30,7 +30,7 @@ from bridge.models.dense import DenseModel, load_dense
 from bridge.models.sparse import Location
 from bridge.models.store import CheckpointError
 from bridge.nodes import statistics as nodes
-from bridge.nodes.description import Excerpt, NodePage, TokenScore, describe_node, node_labels, render_page, write_of
+from bridge.nodes.description import Excerpt, NodePage, TokenScore, describe_node, node_labels, render_page, write_vector
 from bridge.nodes.endpoint import KEY, Descriptions, Endpoint, EndpointError
 from bridge.nodes.statistics import KEPT, SAMPLED, Context, NodeError, NodeFacts, collect_nodes, parse_node, stored_facts
 from bridge.studies.result import render_text
@@ -197,7 +197,7 @@ def test_tokens_and_direction_are_the_literal_products(pair: CoupledModels, fact
             page.dense is None
             and page.tokens == "none"
             and not page.promotes
-            and write_of(pair, Node(Location(1, kind), 0)) is None
+            and write_vector(pair, Node(Location(1, kind), 0)) is None
         )
         return
     columns = {"mlp_act": "down.weight", "v": "o.weight"}

@@ -34,7 +34,7 @@ from bridge.models.bridges import CoupledModels
 from bridge.server import run
 from bridge.server.app import create_app
 from bridge.server.library import Library
-from bridge.server.run import bound_socket, server_of
+from bridge.server.run import bind_socket, make_server
 from bridge.server.security import Rules
 
 HOST = {"Host": "127.0.0.1:8765"}
@@ -109,7 +109,7 @@ def address(coupling_folder: Path, explanation: Explanation) -> Iterator[str]:
             time.sleep(0.005)
         return explanation
 
-    with bound_socket("127.0.0.1", 0) as bound:
+    with bind_socket("127.0.0.1", 0) as bound:
         port = bound.getsockname()[1]
         app = create_app(
             Library([coupling_folder]),
@@ -118,7 +118,7 @@ def address(coupling_folder: Path, explanation: Explanation) -> Iterator[str]:
             waiting=WAITING,
             remembered=KEPT,
         )
-        server = server_of(app)
+        server = make_server(app)
         thread = threading.Thread(target=server.run, kwargs={"sockets": [bound]})
         thread.start()
         until(lambda: server.started)
@@ -204,8 +204,8 @@ def port(monkeypatch: pytest.MonkeyPatch) -> Iterator[int]:
 
     monkeypatch.setattr(run, "HEAD_SECONDS", SECONDS)
     monkeypatch.setattr(run, "MOST_CONNECTIONS", 5)
-    with bound_socket("127.0.0.1", 0) as bound:
-        server = server_of(answer)
+    with bind_socket("127.0.0.1", 0) as bound:
+        server = make_server(answer)
         thread = threading.Thread(target=server.run, kwargs={"sockets": [bound]})
         thread.start()
         until(lambda: server.started)

@@ -489,11 +489,11 @@ def test_a_coupling_that_was_fitted_again_is_loaded_again(root: Path) -> None:
     first = library.load(name)
     assert library.load(name) is first
     os.utime(folder / "coupling.json", (1, 1))
-    assert library.loaded(name) is None and library.load(name) is not first
+    assert library.find_loaded(name) is None and library.load(name) is not first
     for index in range(3):  # what is in memory stays bounded
         shutil.copytree(folder, root / f"copy{index}")
         library.load(f"models/copy{index}")
-    assert sum(library.loaded(name) is not None for name in library.couplings()) == 2
+    assert sum(library.find_loaded(name) is not None for name in library.couplings()) == 2
 
 
 def test_tasks_are_listed_and_only_they_are_read(client: TestClient, tmp_path: Path) -> None:

@@ -32,7 +32,7 @@ def test_the_backbone_is_what_half_of_the_circuits_have() -> None:
         for b, kept in enumerate(CIRCUITS.values()):
             assert found.rise[a][b] == pytest.approx(sum(1.0 if node in kept else 0.5 for node in gone))
             assert found.jaccard[a][b] == pytest.approx(len(gone & own[b]) / len(gone | own[b]))
-    assert found.apart is not None and found.apart > 0
+    assert found.mean_cross_effect is not None and found.mean_cross_effect > 0
     text = found.text()
     assert "4 nodes are in at least half of 4 circuits" in text and all(name in text for name in CIRCUITS)
 

@@ -15,7 +15,7 @@ from support.studies_result_cases import planted_result
 from bridge.circuits.subject import masked_gate
 from bridge.evidence.controls import random_deletions
 from bridge.models.dense import DenseModel
-from bridge.studies.compare import DRAWS, compare, geometric_mean, heat_map, mean_sizes, overlap, render_comparison
+from bridge.studies.compare import DRAWS, compare, geometric_mean, heat_map, mean_sizes, measure_overlap, render_comparison
 from bridge.studies.result import Size
 from bridge.verdicts.task_search import expected_overlap
 
@@ -25,10 +25,10 @@ def test_overlap_by_chance_is_hypergeometric() -> None:
     counts = [len(set(draws.sample(range(50), 12)) & set(draws.sample(range(50), 20))) for _ in range(4000)]
     assert expected_overlap(12, 20, 50) == scipy.stats.hypergeom(50, 12, 20).mean() == 4.8
     assert sum(counts) / len(counts) == pytest.approx(4.8, abs=0.1)
-    one = overlap("a", "b", "nodes", 8, (12, 20), 50)
+    one = measure_overlap("a", "b", "nodes", 8, (12, 20), 50)
     assert one.p == pytest.approx(sum(scipy.stats.hypergeom.pmf(k, 50, 12, 20) for k in range(8, 13)))
     assert one.p == pytest.approx(sum(count >= 8 for count in counts) / len(counts), abs=0.02)
-    assert overlap("a", "b", "nodes", 0, (12, 20), 50).p == pytest.approx(1)
+    assert measure_overlap("a", "b", "nodes", 0, (12, 20), 50).p == pytest.approx(1)
 
 
 def test_means_count_failed_tasks_at_full_size() -> None:
@@ -80,4 +80,4 @@ def test_cross_ablation_is_what_deleting_does(dense: DenseModel) -> None:
     assert all(
         value.startswith(("#", "data:")) for one in image.iter() for key, value in one.items() if key.endswith("href")
     )  # self-contained
-    assert comparison.to_json()["off_diagonal"] == comparison.apart
+    assert comparison.to_json()["off_diagonal"] == comparison.mean_cross_effect

@@ -8,14 +8,14 @@ import pytest
 import torch
 from support.models import CONTEXT, VOCABULARY, planted_pairs, planted_sparse, untrained
 
-from bridge.circuits.task_search import NoCircuitError, SearchError, measured_prompts
+from bridge.circuits.task_search import NoCircuitError, SearchError, test_prompts
 from bridge.data.task_tokens import Resolved, TokenPairs
 from bridge.models.circuit import ablation_gate
 from bridge.models.dense import DenseModel
 from bridge.models.sparse import Location
 from bridge.studies import search
 from bridge.studies.result import Null
-from bridge.studies.search import Explains, Subjects, UnsolvedError, dealt_anew, random_labels, search_task
+from bridge.studies.search import Explains, Subjects, UnsolvedError, exchange_answers, random_labels, search_task
 from bridge.verdicts.null_couplings import permuted_weights
 
 BUDGET = 0.2
@@ -88,7 +88,7 @@ def test_an_edge_adds_to_the_answer_what_a_little_more_of_it_does(dense: DenseMo
     """Literally: a write is given a little more of what one neuron adds to it beyond its mean, all else being the circuit."""
     of, resolved = subjects(dense), task()
     result = search_task(of, resolved, explains="sparse", budget=BUDGET, dense=False)
-    edges, sparse, means, pairs = result.circuit.edges, of.sparse.sparse, of.sparse.means, measured_prompts(resolved)
+    edges, sparse, means, pairs = result.circuit.edges, of.sparse.sparse, of.sparse.means, test_prompts(resolved)
     assert edges is not None and len(edges) == 4 and {edge.weight for edge in edges} == {2.0}
     for edge in (edge for edge in edges if edge.target.location.kind == "mlp_out"):
         d: list[float] = []
@@ -145,7 +145,7 @@ def test_labels_are_replaced_everywhere_alike_and_names_dealt_out_anew() -> None
     labels = random_labels(pairs, VOCABULARY, 0)
     assert len(set(labels.answer_bk.flatten().tolist())) == 1 and len(set(labels.wrong_bk.flatten().tolist())) == 1
     assert {int(labels.answer_bk[0]), int(labels.wrong_bk[0])} != {4, 5}
-    dealt = dealt_anew(pairs, 0)
+    dealt = exchange_answers(pairs, 0)
     right = (dealt.answer_bk == 4).flatten()
     assert int(right.sum()) == 20 and torch.equal(dealt.wrong_bk.flatten(), torch.where(right, 5, 4))
     assert torch.equal(dealt.prompt_bt, pairs.prompt_bt)

@@ -28,7 +28,7 @@ from bridge.studies import search as task_circuit
 from bridge.studies import suite, sweep_steps
 from bridge.studies.frontier import CouplingPoint, DensePoint, Failure, Frontier, TaskSize, frontier_figure, render_frontier
 from bridge.studies.result import Size
-from bridge.studies.sweep import plan
+from bridge.studies.sweep import plan_points
 from bridge.studies.sweep_steps import SweepError
 from bridge.training import loop as training
 
@@ -230,13 +230,13 @@ def test_the_dense_models_own_circuits(
 
 
 def test_the_points_of_a_plan(tmp_path: Path) -> None:
-    assert [p.name for p in plan((0.1, 0.01), (64, 32))] == ["w64-l0-0.1", "w64-l0-0.01", "w32-l0-0.1", "w32-l0-0.01"]
-    assert [p.name for p in plan((100_000,))] == ["wauto-l0-100000"]
+    assert [p.name for p in plan_points((0.1, 0.01), (64, 32))] == ["w64-l0-0.1", "w64-l0-0.01", "w32-l0-0.1", "w32-l0-0.01"]
+    assert [p.name for p in plan_points((100_000,))] == ["wauto-l0-100000"]
     recipe = tmp_path / "one.toml"
     recipe.write_text('dense = "x"\n[sparse]\nwidth = 48\n[sparsity]\nl0 = 0.2\n')
-    assert [p.name for p in plan(recipe=recipe)] == ["w48-l0-0.2"]
-    assert [p.name for p in plan(load=["runs/a", "runs/b"], recipe=recipe)] == ["a", "b"]
-    assert [p.name for p in plan(load=["one/a", "two/a"])] == ["one-a", "two-a"]
+    assert [p.name for p in plan_points(recipe=recipe)] == ["w48-l0-0.2"]
+    assert [p.name for p in plan_points(load=["runs/a", "runs/b"], recipe=recipe)] == ["a", "b"]
+    assert [p.name for p in plan_points(load=["one/a", "two/a"])] == ["one-a", "two-a"]
     for problem, options in (
         ("give l0=", {}),
         ("l0 0.1 is given twice", {"l0": (0.1, 0.1)}),
@@ -248,7 +248,7 @@ def test_the_points_of_a_plan(tmp_path: Path) -> None:
         ("must keep some weights", {"l0": (-1.0,)}),
     ):
         with pytest.raises(UserError, match=problem) as caught:
-            plan(**options)  # pyright: ignore[reportArgumentType]
+            plan_points(**options)  # pyright: ignore[reportArgumentType]
         assert "\n" not in str(caught.value)
 
 

@@ -13,7 +13,7 @@ from support.server_cases import PATIENCE, until
 
 from bridge.server.app import create_app
 from bridge.server.library import Library
-from bridge.server.run import bound_socket, server_of
+from bridge.server.run import bind_socket, make_server
 from bridge.server.security import Rules
 
 playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed (it is in bridge[dev])")
@@ -49,9 +49,9 @@ class Watched:
 @contextmanager
 def serving(library: Library, explain: Callable[..., Any], **bounds: int) -> Iterator[str]:
     """The address of a real server."""
-    with bound_socket("127.0.0.1", 0) as bound:
+    with bind_socket("127.0.0.1", 0) as bound:
         port = bound.getsockname()[1]
-        server = server_of(create_app(library, Rules.for_address("127.0.0.1", port, None), explain=explain, **bounds))
+        server = make_server(create_app(library, Rules.for_address("127.0.0.1", port, None), explain=explain, **bounds))
         thread = threading.Thread(target=server.run, kwargs={"sockets": [bound]})
         thread.start()
         until(lambda: server.started)

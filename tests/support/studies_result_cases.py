@@ -8,7 +8,7 @@ from support.models import planted_pairs
 from bridge.circuits.loss import CircuitLoss
 from bridge.circuits.masked_model import MaskedModel
 from bridge.circuits.question import Question
-from bridge.circuits.search import Nested
+from bridge.circuits.search import NestedMasks
 from bridge.circuits.subject import SparseSubject
 from bridge.data.task_tokens import score
 from bridge.models.circuit import Circuit, Edge, Node
@@ -31,7 +31,7 @@ def planted_result(subject: SparseSubject, task: str, neurons: tuple[int, ...] =
     masked = MaskedModel(subject.sparse, Question.of_pairs(planted_pairs(4).both()), subject.means, by_position=False)
     test = CircuitLoss(masked, masked.logits(torch.ones(8, len(kept_f), dtype=torch.bool)), config)
     levels = config.nested()[:-1]
-    nested = Nested(levels, torch.where(kept_f, 0, len(levels)), (0.5,) * len(levels))
+    nested = NestedMasks(levels, torch.where(kept_f, 0, len(levels)), (0.5,) * len(levels))
     report, measured = gather_task(test, nested, [kept_f], [len(edges)] * len(levels), 1000, scores, scores)
     facts = TaskFacts(
         task=task, language="toy", drop_rate=0.25, explains="dense", null=None, search=config, sparse_scores=scores,

@@ -77,7 +77,7 @@ def case_of(
     """Both models on pairs, the shortest first, and the mask of a circuit."""
     pairs = answered(coupling.dense, planted_pairs(12, lengths=(6, 5))) if pairs is None else pairs
     pairs, circuit = pairs.rows(pairs.last_b.argsort(stable=True)), circuit_of(coupling, kept_f, errors=errors)
-    transporter = circuit.on(coupling, pairs)
+    transporter = circuit.make_transporter(coupling, pairs)
     return transporter, circuit.kept_f(transporter.masked.space, torch.device("cpu")), pairs
 
 

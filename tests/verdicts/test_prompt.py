@@ -11,20 +11,20 @@ import pytest
 import torch
 from torch import Tensor
 
-from bridge.circuits.error_nodes import follow
+from bridge.circuits.error_nodes import follow_dense
 from bridge.circuits.loss import CircuitLoss, SearchConfig
 from bridge.circuits.masked_model import MaskedModel
 from bridge.circuits.question import Question
-from bridge.circuits.search import Nested
+from bridge.circuits.search import NestedMasks
 from bridge.evidence.measures import Control, Report
 from bridge.evidence.patching import Counterfactual
 from bridge.evidence.sufficiency import NestedCircuit, measure_nested
 from bridge.models.bridges import CoupledModels
 from bridge.verdicts import nulls as nulls_module
 from bridge.verdicts.null_couplings import NULL_NAMES, NullError, null_coupling
-from bridge.verdicts.null_table import FILE, Judged, PromptNull, keep_nulls, rules_of, stored_prompt_nulls
+from bridge.verdicts.null_table import FILE, PromptNull, PromptVerdict, keep_nulls, rules_digest, stored_prompt_nulls
 from bridge.verdicts.nulls import judged, prompt_means, run_prompt_nulls
-from bridge.verdicts.prompt import Evidence, EvidenceConfig, gather, opening_of
+from bridge.verdicts.prompt import Evidence, EvidenceConfig, gather_evidence, opening_of
 from tests.conftest import VOCABULARY
 
 LENGTH = 6
@@ -44,17 +44,17 @@ def loaded(coupling_folder: Path) -> CoupledModels:
 def gathered(coupling: CoupledModels, counterfactual: bool) -> tuple[Evidence, CircuitLoss]:
     tokens_t, other_t = prompt(1), prompt(2)
     last_b = torch.tensor([LENGTH - 1])
-    followed = follow(coupling, tokens_t[None], last_b)
+    followed = follow_dense(coupling, tokens_t[None], last_b)
     question = Question.of_prompt(tokens_t, int(followed.dense_bv[0].argmax()))
     masked = MaskedModel(coupling.sparse, question, prompt_means(coupling), followed.errors)
     loss = CircuitLoss(masked, followed.dense_bv, SEARCH)
     levels = SEARCH.nested()
     level_f = (6 * torch.rand(masked.space.size, generator=torch.Generator().manual_seed(3))).long().clamp(max=len(levels))
-    nested = Nested(levels, level_f, (1.0,) * len(levels))
-    other = Counterfactual(other_t[None], follow(coupling, other_t[None], last_b)) if counterfactual else None
+    nested = NestedMasks(levels, level_f, (1.0,) * len(levels))
+    other = Counterfactual(other_t[None], follow_dense(coupling, other_t[None], last_b)) if counterfactual else None
     groups = [nested.kept(SEARCH.opening) & (torch.arange(masked.space.size) % 3 == part) for part in range(3)]
     circuits = measure_nested(loss, nested, 5)
-    return gather(coupling, loss, nested, circuits, SEARCH.opening, followed, groups, other, config=CONFIG, seed=5), loss
+    return gather_evidence(coupling, loss, nested, circuits, SEARCH.opening, followed, groups, other, config=CONFIG, seed=5), loss
 
 
 def test_evidence_is_whole_and_repeats_itself(loaded: CoupledModels) -> None:
@@ -157,21 +157,21 @@ def test_nulls_are_kept_beside_others_and_only_for_their_coupling(
     shutil.copytree(coupling_folder, folder)
     (folder / FILE).write_text('{"format": 1, "nulls": [], "tasks": {"nulls": []}}')  # the first are an earlier version's
     coupling = replace(loaded, path=str(folder))
-    rules = rules_of(SEARCH, CONFIG)
+    rules = rules_digest(SEARCH, CONFIG)
     assert stored_prompt_nulls(coupling, rules)[0] is None
     found = [
         ("refuted", "refuted", None),
         ("representational", "representational", 0.4),
         ("behavioural", "representational", 0.2),
     ]
-    nulls = (PromptNull.of("bridges", [Judged(*each) for each in found]),)
+    nulls = (PromptNull.of("bridges", [PromptVerdict(*each) for each in found]),)
     keep_nulls(coupling, "prompts", nulls, rules)
     assert stored_prompt_nulls(coupling, rules) == (nulls, "")
     assert nulls[0].strong == 1 and nulls[0].verdicts == {"refuted": 1, "representational": 1, "behavioural": 1}
     assert nulls[0].by_deletion == 2 and nulls[0].ratio == 0.4
     kept = json.loads((folder / FILE).read_text())
     assert set(kept) == {"prompts", "tasks"} and kept["tasks"] == {"nulls": []}
-    assert "other bounds" in stored_prompt_nulls(coupling, rules_of(SEARCH, replace(CONFIG, ratio=0.9)))[1]
+    assert "other bounds" in stored_prompt_nulls(coupling, rules_digest(SEARCH, replace(CONFIG, ratio=0.9)))[1]
     (folder / FILE).write_text((folder / FILE).read_text().replace('"coupling": "', '"coupling": "x'))
     assert "another coupling" in stored_prompt_nulls(coupling, rules)[1]
     assert "in no folder" not in stored_prompt_nulls(replace(loaded, path=None), rules)[1]
@@ -184,12 +184,12 @@ def test_nulls_are_judged_alike(
     shutil.copytree(coupling_folder, folder)
     coupling = replace(loaded, path=str(folder))
     seen = []
-    monkeypatch.setattr(nulls_module, "judged", lambda null, *_: seen.append(null) or Judged("refuted", "refuted", 0.1))
+    monkeypatch.setattr(nulls_module, "judged", lambda null, *_: seen.append(null) or PromptVerdict("refuted", "refuted", 0.1))
     found = run_prompt_nulls(coupling, [prompt(1), prompt(2)], None, names=("bridges", "weights"), search=SEARCH, config=CONFIG)
     assert [(null.name, null.prompts, null.strong, null.ratio) for null in found] == [
         ("bridges", 2, 0, 0.1), ("weights", 2, 0, 0.1),
     ]  # fmt: skip
-    assert stored_prompt_nulls(coupling, rules_of(SEARCH, CONFIG))[0] == found
+    assert stored_prompt_nulls(coupling, rules_digest(SEARCH, CONFIG))[0] == found
     bridges, _, weights, _ = seen
     assert bridges.sparse is coupling.sparse and weights.sparse is not coupling.sparse
     for name, weight in coupling.sparse.named_parameters():
@@ -205,7 +205,7 @@ def test_one_prompt_is_judged_by_search_and_evidence(loaded: CoupledModels) -> N
     assert found.verdict in ("no explanation", "refuted", "behavioural", "representational", "undecided")
     assert found.by_deletion in (found.verdict, "representational")
     nothing = judged(loaded, prompt(1), prompt_means(loaded), replace(SEARCH, least_span=1e6), CONFIG)
-    assert nothing == Judged("no explanation", "no explanation", None)
+    assert nothing == PromptVerdict("no explanation", "no explanation", None)
 
 
 @pytest.mark.parametrize(("by_deletion", "asked"), [(None, True), (0, False), (1, True)])
@@ -217,7 +217,7 @@ def test_effects_are_asked_where_a_null_passes_by_deletion_alone(
     coupling = replace(loaded, path=str(folder))
     if by_deletion is not None:
         null = PromptNull("uncoupled", 2, {"behavioural": 2}, 0.3, by_deletion)
-        keep_nulls(coupling, "prompts", (null,), rules_of(SEARCH, CONFIG))
+        keep_nulls(coupling, "prompts", (null,), rules_digest(SEARCH, CONFIG))
     rules = {rule.verdict: rule for rule in gathered(coupling, counterfactual=False)[0].report.rules}
     assert ("profile" in rules["representational"].needs) == asked
     assert ("effects" in rules["representational"].says) == asked
