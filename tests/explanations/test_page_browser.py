@@ -109,7 +109,7 @@ def test_a_group_opens_into_its_nodes_and_a_node_says_what_it_is(show: Callable[
     explanation = data["explanation"]
     assert page.locator("#verdict .verdict-word").inner_text() == "Representational"
     assert page.locator("h1").inner_text() == "Why does : follow at all?"
-    assert "against all other tokens: 9.40 nats from everything at its mean" in page.locator(".question").inner_text()
+    assert "against all other tokens: a span of 9.40 nats to explain, from " in page.locator(".question").inner_text()
     node = strongest(data)
     group = explanation["groups"][node["group"]]
     card = page.locator(f'[id="part-group:{group["id"]}"]')
@@ -150,8 +150,9 @@ def test_the_slider_walks_the_nested_circuits(show: Callable[[dict[str, Any]], W
         told = bar.inner_text()
         assert f"{nested['nodes']:,} nodes" in told and f"{nested['faithfulness']:.2f}" in told
         listed = sum(map(len, parts.values()))
-        assert (f"{nested['nodes'] - listed:,} more are counted and measured, not drawn" in told) == (nested["nodes"] > listed)
-        assert ("Verdict, effects and edges are of the circuit at F 0.9" in told) == (level != 1)
+        left = nested["nodes"] - listed
+        assert (f"{left:,} more are counted and measured, but not drawn" in told) == (left > 0)
+        assert ("The verdict, effects and edges are those of the circuit at F 0.9" in told) == (level != 1)
     slider.fill("0")
     smaller = next(key for key, nodes in parts_of(data, 0).items() if len(nodes) < len(parts_of(data, 1)[key]))
     size, whole = len(parts_of(data, 0)[smaller]), len(parts_of(data, 1)[smaller])
@@ -395,7 +396,7 @@ def test_evidence_is_judged_by_its_numbers(show: Callable[[dict[str, Any]], Watc
     assert "0.3" in axis.locator(".axis .tick-text").all_text_contents()  # it begins at the control's bar
     aim, dot = (drawn.nth(5).locator(name).bounding_box() for name in (".aim", "circle.value"))
     assert dot["x"] > aim["x"] + aim["width"]  # failed: at most .2 is asked
-    assert "bounds nothing" in drawn.nth(4).inner_text() and "not measured" in drawn.nth(8).inner_text()
+    assert "no bound" in drawn.nth(4).inner_text() and "not measured" in drawn.nth(8).inner_text()
     assert drawn.nth(6).locator(".interval").count() == 1 and drawn.nth(6).locator(".points tr").count() == 1 + 8
     assert drawn.nth(7).locator(".profile circle").count() == len(measures[7]["points"])
     nested = page.locator(".nested")
@@ -596,7 +597,7 @@ def test_labels_go_out_and_in_as_json(show: Callable[[dict[str, Any]], Watched],
     name = data["explanation"]["nodes"][1]["name"]
     file.write_text(json.dumps({name: "taken over", "bad": 3}))
     page.locator("#save input").set_input_files(file)
-    page.locator("#live", has_text="Labels taken over").wait_for()
+    page.locator("#live", has_text="Labels imported").wait_for()
     page.locator("#save summary").click()
     with page.expect_download() as download:
         page.get_by_role("button", name="Labels as JSON").click()
@@ -604,8 +605,8 @@ def test_labels_go_out_and_in_as_json(show: Callable[[dict[str, Any]], Watched],
     assert json.loads(file.read_text()) == {**data["labels"], name: "taken over"}
     file.write_text("[1]")
     page.locator("#save input").set_input_files(file)
-    page.locator("#live", has_text="Labels not taken over: labels are an object").wait_for()
-    assert "Labels not taken over" in page.locator("#notice").inner_text() and page.locator("#notice").is_visible()
+    page.locator("#live", has_text="Labels not imported: labels must be an object").wait_for()
+    assert "Labels not imported" in page.locator("#notice").inner_text() and page.locator("#notice").is_visible()
 
 
 def test_served_the_page_steers_and_keeps_labels_with_the_server(context: Any) -> None:
@@ -643,7 +644,7 @@ def test_served_the_page_steers_and_keeps_labels_with_the_server(context: Any) -
     page.locator(".steered pre").first.wait_for()
     told = page.locator(".steered").inner_text()
     assert "90.0% → 2.0%" in told and "5.0% → 70.0%" in told and "<i>" in told
-    assert "by itself" in told and " as it is" in told  # the continuation without a change stands beside
+    assert "unsteered" in told and " as it is" in told  # the continuation without a change stands beside
     stale = page.locator(".stale-note")
     assert not stale.is_visible()
     page.get_by_label("strength").fill("0.5")

@@ -1,12 +1,12 @@
-// What a reader sees first: the prompt and the question, both models' answers, the verdict and why.
+// The top of the page: the prompt and the question, both models' answers, and the verdict with its reasons.
 
 import { count, h, number, percent, put, running, signed, token } from "./dom.js";
 import { dOf } from "./model.js";
 
 const LADDER = ["behavioural", "representational", "mechanistic support"];
-const SMALL = "(max-width: 1180px), (max-height: 800px)"; // the circuit needs the room: reasons are opened when asked for
+const SMALL = "(max-width: 1180px), (max-height: 800px)"; // here the reasons start folded, to leave room for the circuit
 
-/** The prompt, and what there is to explain. */
+/** Draw the prompt, the question and the span. */
 export function drawAsk({ explanation }, holder) {
   const { answer, contrast, dense } = explanation;
   const own = answer.id === dense[0].token.id;
@@ -31,15 +31,15 @@ export function drawAsk({ explanation }, holder) {
       "p",
       { class: "question" },
       dOf(explanation, (text) => token(text)),
-      ": ",
+      ": a span of ",
       h("b", {}, `${number(Math.abs(explanation.span))} nats`),
-      ` from everything at its mean (${signed(explanation.nothing_d)}) to the dense model (${signed(explanation.dense_d)}).`,
+      ` to explain, from ${signed(explanation.nothing_d)} with everything at its mean to ${signed(explanation.dense_d)} in the dense model.`,
     ),
     !own && h("p", { class: "note" }, "The dense model\u2019s own answer is ", token(dense[0].token.text), "."),
   );
 }
 
-/** Both models' answers beside each other. */
+/** Draw the dense model's likeliest tokens with their probabilities in both models. */
 export function drawAnswers({ explanation }, holder) {
   const { answer, contrast, dense, sparse } = explanation;
   const most = Math.max(dense[0]?.probability ?? 0, sparse[0]?.probability ?? 0, 1e-9);
@@ -72,14 +72,14 @@ export function drawAnswers({ explanation }, holder) {
     h(
       "p",
       { class: "key" },
-      h("span", {}, h("i", { class: "swatch dense" }), `dense, d ${signed(explanation.dense_d)}`),
-      h("span", {}, h("i", { class: "swatch sparse" }), `sparse, ${signed(explanation.sparse_d)}`),
+      h("span", {}, h("i", { class: "swatch dense" }), `dense: d ${signed(explanation.dense_d)}`),
+      h("span", {}, h("i", { class: "swatch sparse" }), `sparse: d ${signed(explanation.sparse_d)}`),
     ),
-    !explanation.agree && h("p", { class: "key" }, h("b", {}, "The sparse model disagrees.")),
+    !explanation.agree && h("p", { class: "key" }, h("b", {}, "The sparse model gives another answer.")),
   );
 }
 
-/** The verdict on a ladder, and the reasons. */
+/** Draw the verdict, the ladder of verdicts, and the reasons. */
 export function drawVerdict({ explanation }, holder) {
   const { verdict, reasons, rules } = explanation.report;
   const reached = LADDER.indexOf(verdict);
@@ -115,14 +115,14 @@ export function drawVerdict({ explanation }, holder) {
   );
 }
 
-/** Which models these are. */
+/** Draw the names of the dense model and of the coupling. */
 export function drawModels({ explanation }, holder) {
   const where = explanation.provenance;
   const name = (path) => String(path).split("/").filter(Boolean).pop() ?? "";
   put(holder, name(where.dense), " explained by ", where.coupling ? name(where.coupling) : "a coupling in memory");
 }
 
-/** Where the explanation comes from, in words. */
+/** Return the explanation's origin in words. */
 export function madeOf({ explanation }) {
   const where = explanation.provenance;
   return `bridge ${where.version} · seed ${where.seed} · ${where.coupling ?? "a coupling in memory"}, L0 ${where.l0 < 1 ? number(where.l0) : count(where.l0)} · dense model ${where.dense} (${where.dense_fingerprint.slice(0, 12)}) · means over ${where.reference}`;

@@ -1,10 +1,11 @@
-// The attention of a head over the prompt: which positions it reads, why by query and key channels, and what it moves.
+// The attention of a head over the prompt: the positions that it reads, the channels that cause this, and the values it moves.
 
 import { h, number, percent, plain, put, running, signed, token } from "./dom.js";
 import { diverging } from "./edges.js";
 import { effectBars } from "./group.js";
 
-/** The places in `model.attention` that a node belongs to: of its layer, its head where the page tells it, and its position. */
+/** Return the indices in `model.attention` of a node's heads: of its layer, of its head if its page names one, and with its
+ *  position as the query (q and attn_out) or among the positions that are read (other kinds). */
 export function headsOf(model, node) {
   if (!["q", "k", "v", "attn_out"].includes(node.kind)) return [];
   const head = model.pages.get(node.name)?.head ?? null;
@@ -19,15 +20,15 @@ export function headsOf(model, node) {
 
 function leftOut({ explanation }) {
   const more = explanation.attention_left_out;
-  return more ? ` ${more} more heads at a position have smaller effects and are not listed.` : "";
+  return more ? ` ${more} more heads at tokens have smaller first-order effects and are not listed.` : "";
 }
 
-/** Draw the sheet; `state.head` is the place of the head chosen, `state.read` the position whose terms are shown. */
+/** Draw the sheet; `state.head` is the index of the selected head, `state.read` the position whose terms are shown. */
 export function drawAttention(model, sheet, state, { set, choose }) {
   const { tokens } = model.explanation,
     { attention } = model;
   if (!attention.length) {
-    put(sheet, h("div", { class: "empty" }, h("p", {}, "No head of the circuit has an effect: there is no attention to show.")));
+    put(sheet, h("div", { class: "empty" }, h("p", {}, "No head of the circuit affects d, so there is no attention to show.")));
     return;
   }
   const place = Math.min(state.head ?? 0, attention.length - 1);
@@ -65,7 +66,7 @@ export function drawAttention(model, sheet, state, { set, choose }) {
     ["pattern and values", head.effect],
     ["pattern alone, values frozen", head.pattern_effect],
     ["values alone, pattern frozen", head.value_effect],
-    ["interaction of the two", head.interaction],
+    ["interaction of pattern and values", head.interaction],
   ];
   const most = Math.max(...effects.map(([, value]) => Math.abs(value)), 1e-9);
   const reads = [...head.reads].sort((a, b) => b.weight - a.weight);
@@ -80,7 +81,7 @@ export function drawAttention(model, sheet, state, { set, choose }) {
       h(
         "p",
         { class: "lead" },
-        `By what d loses without them, in nats. Tokens are tinted by how much the outlined one reads of them.${leftOut(model)}`,
+        `Heads at tokens are ordered by the loss of d when they are ablated, in nats. Each token is tinted by its attention weight from the outlined token.${leftOut(model)}`,
       ),
       prompt,
     ),
@@ -118,14 +119,14 @@ export function drawAttention(model, sheet, state, { set, choose }) {
           h(
             "li",
             { class: "quiet row" },
-            h("span", {}, "elsewhere"),
+            h("span", {}, "other tokens"),
             h("span", { class: "weight" }, h("i", { style: { width: `${100 * rest}%` } })),
             h("b", {}, percent(rest)),
           ),
       ),
     ),
     open && terms(model, open, choose),
-    h("section", {}, h("h3", {}, "Loss of d by ablation, nats"), effectBars(effects, most)),
+    h("section", {}, h("h3", {}, "Loss of d when the head is ablated, in nats"), effectBars(effects, most)),
   );
 }
 
@@ -145,7 +146,7 @@ function terms(model, read, choose) {
         {},
         "Why it reads ",
         token(model.explanation.tokens[read.position]?.text ?? ""),
-        h("small", {}, `score ${signed(read.score)}, as query times key in the circuit`),
+        h("small", {}, `score ${signed(read.score)} in the circuit: the sum of query × key / √channels over the channels`),
       ),
       scores.length
         ? h(
@@ -164,12 +165,12 @@ function terms(model, read, choose) {
                 ),
               ),
           )
-        : h("p", { class: "row-text quiet" }, "No terms are listed."),
+        : h("p", { class: "row-text quiet" }, "No channel is listed."),
     ),
     h(
       "section",
       {},
-      h("h3", {}, "What it moves from there", h("small", {}, "value in the circuit, nats that it adds to d")),
+      h("h3", {}, "What it moves from there", h("small", {}, "value in the circuit, and what it adds to d, in nats")),
       moved.length
         ? h(
             "ul",
@@ -185,7 +186,7 @@ function terms(model, read, choose) {
               return h("li", {}, id ? h("button", { type: "button", class: "row", onclick: () => choose(id) }, inner) : inner);
             }),
           )
-        : h("p", { class: "row-text quiet" }, "Nothing of the circuit."),
+        : h("p", { class: "row-text quiet" }, "No node of the circuit."),
     ),
   ];
 }

@@ -1,27 +1,27 @@
-// What stands above and below the circuit: the nested circuits and the measures of the one that is drawn; what colours mean.
+// The bar above the circuit, with the nested circuits and the measures of the drawn one, and the legend below the circuit.
 
 import { count, h, nats, number, percent, put, s } from "./dom.js";
 import { levelName, nodeCount } from "./model.js";
 
 const two = (x) => (x === null ? "–" : x.toFixed(2).replace("-", "−"));
 
-/** Measures of a nested circuit: their names, what they say, and their texts. */
+/** Measures of a nested circuit, each as [name, meaning, function that returns its text]. */
 export const FACTS = [
   [
     "F",
-    "normalised faithfulness: 1 less the distance from the dense model's d, as a share of the span",
+    "normalised faithfulness: 1 minus the distance of d from the dense model's, as a share of the span",
     (c) => two(c.faithfulness),
   ],
-  ["miss", "nats from the dense model's d", (c) => nats(c.miss)],
-  ["KL", "of the next-token distribution, nats", (c) => number(c.kl)],
-  ["supersets", "F in random supersets, mean", (c) => two(c.supersets_mean)],
-  ["worst", "the lowest F in random supersets", (c) => two(c.supersets_worst)],
-  ["adversary", "F in the superset that 20 sign steps against the circuit find; it bounds nothing", (c) => two(c.adversary)],
+  ["miss", "distance of d from the dense model's, in nats", (c) => nats(c.miss)],
+  ["KL", "KL from the dense model's next-token distribution, in nats", (c) => number(c.kl)],
+  ["supersets", "mean F in random supersets", (c) => two(c.supersets_mean)],
+  ["worst", "lowest F in random supersets", (c) => two(c.supersets_worst)],
+  ["adversary", "lowest F that 20 sign steps on a mask over the outside nodes find; no bound", (c) => two(c.adversary)],
   ["left", "share of the span that is left when the circuit is ablated", (c) => two(c.left)],
-  ["via errors", "share of the span that flows through its errors", (c) => percent(Math.max(0, c.error_share))],
+  ["by errors", "share of the span that flows through its errors", (c) => percent(Math.max(0, c.error_share))],
 ];
 
-/** The line above the circuit: the slider over the nested circuits, what was measured of this one, what is not drawn. */
+/** Draw the bar: the slider over the nested circuits, the measures of the selected one, and notes on what is not drawn. */
 export function drawBar(model, bar, state, set, graph) {
   const { nested, opening } = model.explanation;
   const circuit = nested[state.level];
@@ -57,12 +57,12 @@ export function drawBar(model, bar, state, set, graph) {
       ),
     );
   const notes = [
-    !circuit.within && "The search did not reach all that it asks of this circuit.",
+    !circuit.within && "This circuit misses a bound of the search.",
     state.level !== opening &&
       nested.length > 1 &&
-      `Verdict, effects and edges are of the circuit at ${levelName(nested[opening])}.`,
+      `The verdict, effects and edges are those of the circuit at ${levelName(nested[opening])}.`,
     listed < circuit.nodes &&
-      `${count(listed)} are drawn; ${count(circuit.nodes - listed)} more are counted and measured, not drawn.`,
+      `${count(listed)} nodes are drawn; ${count(circuit.nodes - listed)} more are counted and measured, but not drawn.`,
   ];
   const closed = graph.groups().some((key) => !state.open.has(key));
   const input = bar.querySelector("#level");
@@ -83,7 +83,7 @@ export function drawBar(model, bar, state, set, graph) {
     notes.some(Boolean) && h("p", { class: "note", id: "level-note" }, notes.filter(Boolean).join(" ")),
   ];
   if (input && levels) {
-    // the slider stays the same element while it is dragged
+    // keep the slider's element, because the user may be dragging it
     input.value = state.level;
     input.setAttribute("aria-valuetext", label);
     bar.querySelector(".levels ol").replaceWith(levels.querySelector("ol"));
@@ -92,7 +92,7 @@ export function drawBar(model, bar, state, set, graph) {
   } else put(bar, levels, line);
 }
 
-/** What colours and hatching mean, how many edges are drawn, and how the answer divides between nodes and errors. */
+/** Draw the legend: colours and hatching, the number of edges drawn, and the shares of the span through nodes and errors. */
 export function drawLegend(model, legend, graph) {
   const { explanation } = model;
   const [drawn, all] = graph.edges();
@@ -114,23 +114,23 @@ export function drawLegend(model, legend, graph) {
   put(
     legend,
     h("span", {}, swatch("for"), "supports the answer"),
-    h("span", {}, swatch("against"), "works against it"),
+    h("span", {}, swatch("against"), "opposes the answer"),
     model.nodes.some((node) => node.kind === "error") && h("span", {}, swatch("error"), "error: unexplained by the sparse model"),
     h(
       "span",
       {
         title:
-          "what d loses when the group alone is ablated from the circuit, and, patched through the bridge, in the dense model",
+          "First the loss of d when the group alone is ablated from the circuit, then the loss in the dense model when the group is ablated from the sparse model with all its nodes and this change is patched through the bridge",
       },
-      "on cards: nats lost where it is ablated, circuit / dense",
+      "on cards: loss of d when ablated, in nats, circuit / dense",
     ),
-    graph.small() && h("span", {}, `small, with their number of nodes: under ${number(model.weak)} nats`),
+    graph.small() && h("span", {}, `small cards: node count, effect under ${number(model.weak)} nats`),
     all > 0 && h("span", {}, drawn < all ? `the ${count(drawn)} strongest of ${count(all)} edges` : `all ${count(all)} edges`),
     circuit.nodes > 0 &&
       h(
         "span",
         { class: "shares" },
-        `span through nodes ${percent(1 - share)}, errors ${percent(share)} · replacement ${number(explanation.replacement)}, completeness ${number(explanation.completeness)}`,
+        `span: ${percent(1 - share)} through nodes, ${percent(share)} through errors · replacement ${number(explanation.replacement)}, completeness ${number(explanation.completeness)}`,
       ),
   );
 }

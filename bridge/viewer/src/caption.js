@@ -1,14 +1,14 @@
-// What a saved picture of the circuit says by itself: the prompt and the question, the verdict, and what its marks mean.
+// Caption and key of a saved picture of the circuit: the prompt, the question and the verdict, and the meaning of the marks.
 
 import { count, h, number, plain, s, signed } from "./dom.js";
 import { dOf, levelName } from "./model.js";
 
 const LINE = 19,
-  LETTER = 7.3, // widths of a letter, of the larger and of the smaller text
+  LETTER = 7.3, // widths of a letter, in the larger and in the smaller text
   SMALL = 6.4,
   PAD = 12;
 
-/** A colour of the page's theme, written out. */
+/** Return a colour of the page's theme as a value that needs no stylesheet. */
 function colour(name) {
   const probe = h("span", { style: { color: `var(--${name})` } });
   document.body.append(probe);
@@ -17,7 +17,7 @@ function colour(name) {
   return found;
 }
 
-/** Text in lines of at most so many letters, broken at spaces where there are any. */
+/** Return text as lines of at most `most` letters, broken at spaces if possible. */
 function lines(text, most) {
   const out = [];
   let rest = [...text];
@@ -30,7 +30,7 @@ function lines(text, most) {
   return [...out, rest.join("")];
 }
 
-/** What stands above: {drawing, height}. */
+/** Return the caption, which is above the circuit, as {drawing, height}. */
 export function captionOf(model, level, shown, width) {
   const { explanation } = model;
   const { answer, provenance, nested } = explanation;
@@ -38,7 +38,7 @@ export function captionOf(model, level, shown, width) {
   const circuit = nested[level];
   const facts = [
     dOf(explanation, (text) => plain(text, 20)).join(""),
-    `span ${number(Math.abs(explanation.span))} nats, ${signed(explanation.dense_d)} in the dense model`,
+    `span ${number(Math.abs(explanation.span))} nats, d ${signed(explanation.dense_d)} in the dense model`,
     `verdict: ${explanation.report.verdict}`,
     `circuit at ${levelName(circuit)}: ${count(circuit.nodes)} nodes, F ${number(circuit.faithfulness)}${shown < circuit.nodes ? `, ${count(shown)} drawn` : ""}`,
     `${provenance.coupling ?? "a coupling in memory"}, bridge ${provenance.version}`,
@@ -53,15 +53,15 @@ export function captionOf(model, level, shown, width) {
   return { drawing: s("g", {}, texts), height: 2 * PAD + LINE * rows.length };
 }
 
-/** What stands below: what colours and sizes mean. */
+/** Return the key, which is below the circuit, as {drawing, height}. */
 export function keyOf(width) {
   const items = [
     [{ fill: colour("for") }, "supports the answer"],
-    [{ fill: colour("against") }, "works against it"],
+    [{ fill: colour("against") }, "opposes the answer"],
     [{ fill: "none", stroke: colour("faint"), "stroke-dasharray": "2 2" }, "error: unexplained by the sparse model"],
     [
       null,
-      "numbers: nats that d loses without the group, in the circuit and in the dense model; width of an edge: what it adds to d",
+      "numbers: loss of d when ablated, in nats, in the circuit / in the dense model; width of an edge: what it adds to d",
     ],
   ];
   let x = PAD,

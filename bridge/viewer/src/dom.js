@@ -1,13 +1,13 @@
-// Elements, text and numbers. Whatever comes from a user, a model or a corpus enters the page as a text node, never as markup.
+// Elements, text and numbers. Text of a user, a model or a corpus enters the page as text nodes, never as markup.
 
 const SVG = "http://www.w3.org/2000/svg";
 
-/** An element with attributes (on* are listeners; null and false are left out) and children, strings of which become text. */
+/** Return an element with attributes (on* are listeners; null and false are skipped) and children; strings become text nodes. */
 export function h(tag, attributes = {}, ...children) {
   return fill(document.createElement(tag), attributes, children);
 }
 
-/** The same for SVG. */
+/** Return an SVG element; the arguments are those of `h`. */
 export function s(tag, attributes = {}, ...children) {
   return fill(document.createElementNS(SVG, tag), attributes, children);
 }
@@ -23,19 +23,19 @@ function fill(element, attributes, children) {
   return element;
 }
 
-/** Replace what an element holds. */
+/** Replace the children of an element, and return it. */
 export function put(element, ...children) {
   element.replaceChildren(...children.flat(Infinity).filter((child) => child !== null && child !== undefined && child !== false));
   return element;
 }
 
-// What has no shape of its own, or would move the text around it: controls, bidirectional and zero-width marks, half characters,
-// and what is no character.
+// Characters that are invisible or that move the text around them: controls, bidirectional and zero-width marks, unpaired
+// surrogates, and noncharacters.
 const HIDDEN =
   /[\u0000-\u001f\u007f-\u00a0\u00ad\u061c\u200b-\u200f\u2028-\u202f\u2060-\u206f\ufeff\ufff9-\ufffb\ufffe\uffff]|[\ud800-\udbff](?![\udc00-\udfff])|(?<![\ud800-\udbff])[\udc00-\udfff]/;
 const SIGNS = { " ": "·", "\n": "↵", "\t": "⇥" };
 
-/** Text in pieces [shown, whether it stands for something unseen]. */
+/** Return text as pieces [shown text, whether it is the sign of an invisible character]. */
 export function pieces(text) {
   const out = [];
   for (const letter of text) {
@@ -48,7 +48,7 @@ export function pieces(text) {
   return out;
 }
 
-/** The same as one string, of at most `most` letters. */
+/** Return text with signs for its invisible characters, as a string of at most `most` letters. */
 export function plain(text, most = Infinity) {
   const letters = [
     ...pieces(text)
@@ -60,7 +60,7 @@ export function plain(text, most = Infinity) {
 
 const ruler = document.createElement("canvas").getContext("2d");
 
-/** A text in at most `most` lines no wider than `width` in a font, broken at spaces where there are any; the rest is cut off. */
+/** Return text as at most `most` lines no wider than `width` in a font, broken at spaces if possible; the rest is cut off. */
 export function fitLines(text, width, font, most) {
   ruler.font = font;
   const fits = (one) => ruler.measureText(one).width <= width;
@@ -86,16 +86,16 @@ export function fitLines(text, width, font, most) {
   return out.length ? out : ["∅"];
 }
 
-/** A label as text: its spaces as they are, the rest of what is unseen spelled out. */
+/** Return a label as a string: spaces stay spaces, other invisible characters become signs. */
 export const plainLabel = (text) => plain(text).replaceAll("·", " ");
 
-/** A token as a chip in which spaces and line ends can be seen. */
+/** Return a token as a chip that shows a sign for each space, line end and other invisible character. */
 export function token(text, extra = "") {
   const shown = pieces(text).map(([piece, hidden]) => (hidden ? h("i", {}, piece) : piece));
   return h("code", { class: `token ${extra}` }, shown.length ? shown : h("i", {}, "∅"));
 }
 
-/** Running text of a model: spaces as they are, line ends marked and the rest of what is unseen spelled out. */
+/** Return running text: spaces stay spaces, other invisible characters become signs; `breaks` breaks lines after line ends. */
 export function running(text, breaks = false) {
   return text.split(/( +)/).flatMap((part) => {
     if (/^ *$/.test(part)) return [part];
@@ -105,7 +105,7 @@ export function running(text, breaks = false) {
   });
 }
 
-/** A number with three digits that count, a real minus, and a plus where signed. */
+/** Return a number as text: decimals by its size, a real minus sign, and a plus sign if `signed`. */
 export function number(x, signed = false) {
   if (x === null || x === undefined || Number.isNaN(x)) return "–";
   const size = Math.abs(x);
@@ -115,13 +115,13 @@ export function number(x, signed = false) {
 }
 
 export const signed = (x) => number(x, true);
-/** An effect in nats, to the second digit, where there is little room. */
+/** Return an effect in nats with two decimals, for places with little room. */
 export const nats = (x) => `${x < 0 ? "−" : "+"}${Math.abs(x).toFixed(2)}`;
 export const percent = (x) => (x >= 0.9995 ? "100%" : x < 0.0005 ? "<0.1%" : `${(100 * x).toFixed(1)}%`);
 export const count = (x) => x.toLocaleString("en-US");
 export const side = (x) => (x >= 0 ? "for" : "against");
 
-/** Give the user a file. */
+/** Let the browser download content as a file. */
 export function download(name, content, type) {
   const url = URL.createObjectURL(content instanceof Blob ? content : new Blob([content], { type }));
   h("a", { href: url, download: name }).click();

@@ -1,11 +1,11 @@
-// Rows of lists: nodes, and the edges of a node, each with its effect as a bar and a number.
+// List rows of nodes and of a node's edges, each with its effect as a bar and a number.
 
 import { h, plain, plainLabel, put, side, signed } from "./dom.js";
 import { outerKey } from "./model.js";
 
-const FIRST = 12; // listed each way at first
+const FIRST = 12; // number of edges listed in each direction before the user asks for more
 
-/** A bar to the left or the right of a middle line. */
+/** Return a bar from a middle line, to the right for positive values, to the left for negative ones. */
 export function diverging(value, scale) {
   const width = `${50 * Math.min(1, Math.abs(value ?? 0) / scale)}%`;
   return h(
@@ -15,7 +15,7 @@ export function diverging(value, scale) {
   );
 }
 
-/** A row with a name, an effect, and something below. */
+/** Return a list row with a name, its effect, and the text `under` below them. */
 export function effectRow(name, effect, most, under, choose, title = null) {
   const inner = [
     h(
@@ -37,7 +37,7 @@ export function effectRow(name, effect, most, under, choose, title = null) {
 
 const placed = (model, name, position) => `${name} at ${plain(model.explanation.tokens[position].text, 12)} (${position})`;
 
-/** A node in a list. */
+/** Return the list row of a node. */
 export function nodeRow(model, node, choose, labels) {
   const label = labels.get(node.name) ?? node.label ?? "";
   return effectRow(
@@ -50,7 +50,7 @@ export function nodeRow(model, node, choose, labels) {
   );
 }
 
-/** What feeds a node and what it feeds. */
+/** Return the lists of a node's incoming and outgoing edges. */
 export function edgeLists(model, id, choose) {
   const lists = [
     ["Inputs", model.ins(id), "source"],
@@ -91,8 +91,8 @@ export function edgeLists(model, id, choose) {
     return h(
       "section",
       { class: "listed" },
-      h("h3", {}, title, list.length > 0 && h("small", {}, "nats of d, first order")),
-      list.length ? body : h("p", { class: "row-text quiet" }, "No edge of the circuit."),
+      h("h3", {}, title, list.length > 0 && h("small", {}, "effect on d in nats, first order")),
+      list.length ? body : h("p", { class: "row-text quiet" }, "No edges in the circuit."),
     );
   });
 }

@@ -1,4 +1,4 @@
-// The evidence, drawn: the nested circuits in a table, and every measure on an axis with its control and the region that passes.
+// Draw the evidence: the nested circuits as a table, and each measure on an axis with its control and the values that pass.
 
 import { scaleLinear } from "d3-scale";
 import { count, h, number, put, s } from "./dom.js";
@@ -7,14 +7,14 @@ import { madeOf } from "./answer.js";
 import { drawPoints } from "./profile.js";
 import { levelName } from "./model.js";
 
-const BARE = new Set(["it", "mean"]); // bars of a control that say no more than its mean
+const BARE = new Set(["it", "mean"]); // names of bars that are the control's mean itself
 const W = 344,
   TOP = 15,
   H = 42,
   SIDE = 6;
 const OPS = { ">=": "≥", "<=": "≤" };
 
-/** The region of values that pass, as [low, high]; null where nothing is asked of the value. */
+/** Return the region of values that pass, as [low, high]; null if there is no criterion. */
 export function passing(criterion, control) {
   if (!criterion) return null;
   const up = criterion.op === ">=";
@@ -23,7 +23,7 @@ export function passing(criterion, control) {
   return up ? [bound, Infinity] : [-Infinity, bound];
 }
 
-/** What a criterion asks, in words. */
+/** Return a criterion in words. */
 function asked({ op, bound, beyond_control, control_bound }) {
   const parts = [`${OPS[op]} ${shortly(bound)}`];
   if (beyond_control) parts.push(`${op === ">=" ? "above" : "below"} the control`);
@@ -36,7 +36,7 @@ const metOf = ({ passed, criterion }) => {
   return passed === null ? ["unknown", "not judged"] : passed ? ["met", "passed"] : ["missed", "failed"];
 };
 
-/** One measure. */
+/** Draw one measure. */
 function drawMeasure(measure, choose, model) {
   const { control, ceiling, interval, criterion, value } = measure;
   const [met, word] = metOf(measure);
@@ -53,8 +53,8 @@ function drawMeasure(measure, choose, model) {
       h("b", {}, value === null ? "not measured" : shown),
       criterion && h("span", {}, ` · asked ${asked(criterion)}`),
       control && h("span", {}, ` · ${control.what} ${number(control.mean)}${bar}, ${count(control.draws)} draws`),
-      ceiling !== null && h("span", {}, ` · ceiling ${number(ceiling)}`),
-      !criterion && value !== null && h("span", {}, " · bounds nothing"),
+      ceiling !== null && h("span", {}, ` · all nodes ${number(ceiling)}`),
+      !criterion && value !== null && h("span", {}, " · no bound"),
     ),
     measure.note && h("p", { class: "measure-note" }, measure.note),
     measure.points.length > 0 && drawPoints(model, measure, choose),
@@ -123,7 +123,7 @@ function axis(measure) {
 
 const shortly = (x) => String(Number(x.toPrecision(3))).replace("-", "−");
 
-/** Where an axis is marked: at 0, where the region begins, and at round numbers that leave these room. */
+/** Return the ticks of an axis: the bounds of the region, 0, and those round numbers for which there is room. */
 function ticksOf(x, region, round, [low, high]) {
   const kept = [];
   for (const tick of [...(region ?? []), 0, ...round]) {
@@ -133,7 +133,7 @@ function ticksOf(x, region, round, [low, high]) {
   return kept;
 }
 
-/** The nested circuits, and every measure of the one that is drawn first. */
+/** Draw the table of nested circuits, the measures of the opening circuit, and the rules for the verdict. */
 export function drawEvidence(model, sheet, choose, set, level) {
   const { report, nested, opening, backup } = model.explanation;
   put(
@@ -143,15 +143,15 @@ export function drawEvidence(model, sheet, choose, set, level) {
         "section",
         {},
         h("h3", {}, "Nested circuits"),
-        h("p", { class: "lead" }, "Each inside the next. Sizes count nodes, never groups."),
+        h("p", { class: "lead" }, "Each lies inside the next. Sizes count nodes, never groups."),
         nestedTable(nested, opening, level, set),
         backup &&
           h(
             "p",
             { class: "measure-note" },
-            `Without the circuit ${number(backup.left)} of the span is left: ${count(backup.nodes)} other nodes back it up`,
+            `When the circuit at ${levelName(nested[opening])} is ablated, ${number(backup.left)} of the span is left: ${count(backup.nodes)} other nodes back it up`,
             backup.strongest.length
-              ? [", most of all ", backup.strongest.slice(0, 4).map((id, place) => [place ? ", " : "", h("code", {}, id)])]
+              ? [", mainly ", backup.strongest.slice(0, 4).map((id, place) => [place ? ", " : "", h("code", {}, id)])]
               : null,
             ".",
           ),
@@ -163,15 +163,15 @@ export function drawEvidence(model, sheet, choose, set, level) {
       h(
         "p",
         { class: "lead" },
-        `${nested[opening].nodes ? `Of the circuit at ${levelName(nested[opening])}. ` : ""}A dot is the measure, a bar its control from mean to hardest draw, the tinted region what passes.`,
+        `${nested[opening].nodes ? `Measured on the circuit at ${levelName(nested[opening])}. ` : ""}The dot is the value. The bar is its control, from the mean to the draw that is hardest to beat. Values in the tinted region pass.`,
       ),
       report.measures.map((measure) => drawMeasure(measure, choose, model)),
     ),
     h(
       "section",
       { id: "rules" },
-      h("h3", {}, "Rules of the verdict"),
-      h("p", { class: "lead" }, "Each takes its measures and those of the rules before it."),
+      h("h3", {}, "Rules for the verdict"),
+      h("p", { class: "lead" }, "A rule gives its verdict if its measures and those of the rules before it pass."),
       h(
         "table",
         { class: "rules" },
@@ -182,7 +182,7 @@ export function drawEvidence(model, sheet, choose, set, level) {
             h(
               "tr",
               {},
-              h("th", { scope: "row" }, rule.refuted ? `else ${rule.refuted}` : rule.verdict),
+              h("th", { scope: "row" }, rule.refuted ? `${rule.verdict}, else ${rule.refuted}` : rule.verdict),
               h("td", {}, needed(rule, report.measures)),
             ),
           ),
@@ -193,7 +193,7 @@ export function drawEvidence(model, sheet, choose, set, level) {
   );
 }
 
-/** A rule's measures, each with whether it passed. */
+/** Return the names of a rule's measures, each with a mark that tells whether it passed. */
 function needed(rule, measures) {
   const mark = { met: "✓", missed: "✗" };
   return rule.needs.map((key) => {
@@ -203,7 +203,7 @@ function needed(rule, measures) {
   });
 }
 
-/** A column for each nested circuit, a row for each measure. */
+/** Return a table with a column for each nested circuit and a row for each measure. */
 function nestedTable(nested, opening, level, set) {
   const look = (place) => ({
     class: `${place === opening ? "opening" : ""} ${place === level ? "here" : ""}`,
@@ -221,11 +221,11 @@ function nestedTable(nested, opening, level, set) {
       "th",
       { scope: "col", ...look(place) },
       circuit.asked === null ? "full KL" : levelName(circuit),
-      !circuit.within && h("small", { class: "bad", title: "the search did not reach all that it asks" }, " ✗"),
+      !circuit.within && h("small", { class: "bad", title: "misses a bound of the search" }, " ✗"),
     ),
   );
   const sizes = [
-    ["nodes", "errors among them", (circuit) => count(circuit.nodes)],
+    ["nodes", "number of nodes, including errors", (circuit) => count(circuit.nodes)],
     ["errors", null, (circuit) => count(circuit.errors)],
   ];
   return h(

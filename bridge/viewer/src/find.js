@@ -1,11 +1,11 @@
-// Finding a node by its name, its label, its group, its kind or its token.
+// Search for nodes by name, label, group, kind or token.
 
 import { h, put, signed, token } from "./dom.js";
 import { KIND_NAMES, errorName } from "./model.js";
 
 const LISTED = 40;
 
-/** Wire the search box; `seek(set or null)` marks what is found in the circuit, `choose(id)` goes there. */
+/** Set up the search box; `seek(ids or null)` marks the nodes found in the circuit, `choose(id)` selects one. */
 export function makeFind(model, input, list, { seek, choose, labelOf }) {
   let found = [],
     active = -1;
@@ -49,7 +49,7 @@ export function makeFind(model, input, list, { seek, choose, labelOf }) {
                 ? `and ${found.length - LISTED} more`
                 : found.length
                   ? ""
-                  : "No node has this in its name, label, group or token.",
+                  : "No node has all of these words in its name, label, group, kind or token.",
             ),
           ]
         : [],

@@ -1,5 +1,5 @@
-// The circuit: tokens from left to right, the computation from the inputs up to the answer; a card for each group of nodes, which
-// opens into its nodes, the edges between them as wide as their effect, and the edges of what is chosen or under the pointer.
+// The drawing of the circuit: tokens run from left to right, the computation from the inputs up to the answer. Each group of
+// nodes is a card that opens into its nodes. Edges are as wide as their effect; those of the selected card are highlighted.
 
 import { scaleSqrt } from "d3-scale";
 import { fitLines, h, nats, percent, plain, put, s, side, signed, token } from "./dom.js";
@@ -7,10 +7,10 @@ import { KIND_NAMES, dOf, effectOf, heightName, linksOf, partOf, partsOf, sizeOf
 import { LABELS, NAME_FONT, PAD, boxOf, place, portsOf, route } from "./layout.js";
 
 const MOST_EDGES = 90;
-const LEAST = 0.01; // of the strongest edge; weaker ones are drawn where they are asked for
+const LEAST = 0.01; // of the strongest edge; weaker edges are drawn only for what is selected
 const FOCUS_EDGES = 300;
 
-/** Draw into `holder`; `choose(key)` on a click. Returns what the page may ask of it. */
+/** Draw into `holder`, and call `choose(key)` on a click. Return the functions and elements that the page uses. */
 export function makeGraph(model, holder, tip, { choose, labelOf }) {
   const names = s("svg", { class: "names", "aria-hidden": "true" });
   const plot = s("svg", { class: "plot", role: "group", "aria-label": "Groups and nodes of the circuit" });
@@ -37,7 +37,7 @@ export function makeGraph(model, holder, tip, { choose, labelOf }) {
 
   function draw(next) {
     const again = !state || ["level", "open", "width", "height", "fonts"].some((name) => next[name] !== state[name]);
-    const before = layout && [holder.scrollWidth - holder.scrollLeft, holder.scrollTop]; // from the answer's side
+    const before = layout && [holder.scrollWidth - holder.scrollLeft, holder.scrollTop]; // from the right, where the answer is
     state = next;
     if (again) {
       parts = partsOf(model, state.level);
@@ -82,7 +82,7 @@ export function makeGraph(model, holder, tip, { choose, labelOf }) {
         s(
           "text",
           { class: "nothing", x: width / 2, y: height / 2, "text-anchor": "middle" },
-          "There is no circuit to draw: the verdict says why.",
+          "There is no circuit to draw; the verdict says why.",
         ),
     );
     const { x, y } = layout.answer,
@@ -142,7 +142,7 @@ export function makeGraph(model, holder, tip, { choose, labelOf }) {
   const wash = (effect, most) =>
     effect === null ? 0 : (0.06 + 0.3 * Math.sqrt(Math.min(1, Math.abs(effect) / most))).toFixed(3);
 
-  /** The listeners and names of what can be chosen. */
+  /** Return the attributes and listeners of an element that can be selected. */
   const button = (key, id, name, about) => ({
     id,
     role: "button",
@@ -210,7 +210,7 @@ export function makeGraph(model, holder, tip, { choose, labelOf }) {
     );
   }
 
-  /** A size in the words that there is room for. */
+  /** Return a size in the longest form that fits. */
   function shortened(size, wide) {
     const ways = [size, size.replace(" of ", "/"), size.replace(" of ", "/").replace(/ nodes?$/, "")];
     return ways.find((way) => 5.8 * way.length <= wide) ?? ways[2];
@@ -233,7 +233,7 @@ export function makeGraph(model, holder, tip, { choose, labelOf }) {
     );
   }
 
-  /** The edges of a list, drawn. */
+  /** Draw a list of edges into `group`. */
   function edges(group, list) {
     const most = Math.max(Math.abs(links[0]?.effect ?? 0), 1e-9);
     const thick = scaleSqrt().domain([0, most]).range([0.5, 8]).clamp(true);
@@ -256,7 +256,7 @@ export function makeGraph(model, holder, tip, { choose, labelOf }) {
     put(group, drawn);
   }
 
-  /** What a key is called. */
+  /** Return the name of a key. */
   function nameOf(key) {
     if (key === "answer") return "the answer";
     if (key.startsWith("input:")) return `embedding of ${plain(model.explanation.tokens[Number(key.slice(6))].text, 20)}`;
@@ -265,14 +265,14 @@ export function makeGraph(model, holder, tip, { choose, labelOf }) {
     return part ? `${part.title} at ${part.position}` : node ? `${node.name}@${node.position}` : key;
   }
 
-  /** What is drawn for a key that may be a node of a closed group. */
+  /** Return the key under which a key is drawn: a node of a closed group is drawn as its part. */
   const shownFor = (key) => (key === null || boxOf(layout, key) ? key : model.byId.has(key) ? partOf(model.byId.get(key)) : null);
 
-  /** Bring out what is chosen or under the pointer with its edges, or what is sought; the rest stands back. */
+  /** Highlight the element under the pointer, else the search results, else the selection, with its edges; dim the rest. */
   function focus() {
     const key = shownFor(hovered ?? state.selected);
     const sought = hovered ? null : state.found;
-    // an open group is its nodes
+    // the edges of an open group end at its nodes
     const own = new Set([key, ...(layout.at.get(key)?.open ? parts.get(key).nodes.map((node) => node.id) : [])]);
     const near = key ? links.filter((link) => own.has(link.source) || own.has(link.target)).slice(0, FOCUS_EDGES) : [];
     const lit = sought
@@ -294,10 +294,10 @@ export function makeGraph(model, holder, tip, { choose, labelOf }) {
     h(
       "p",
       { class: `tip-effect ${effect === null ? "quiet" : side(effect)}` },
-      effect === null ? "effect not measured" : `ablated alone: d loses ${signed(effect)} nats`,
+      effect === null ? "effect not measured" : `loss of d when ablated alone: ${signed(effect)} nats`,
     ),
-    sparse !== null && h("p", { class: "tip-numbers" }, `with all nodes of the sparse model: ${signed(sparse)} nats`),
-    dense !== null && h("p", { class: "tip-numbers" }, `that, patched into the dense model: ${signed(dense)} nats`),
+    sparse !== null && h("p", { class: "tip-numbers" }, `in sparse, with all its nodes: ${signed(sparse)} nats`),
+    dense !== null && h("p", { class: "tip-numbers" }, `that change patched into dense: ${signed(dense)} nats`),
   ];
 
   function aboutPart(part) {
@@ -308,7 +308,7 @@ export function makeGraph(model, holder, tip, { choose, labelOf }) {
       h(
         "p",
         { class: "tip-label" },
-        part.type === "error" ? "what the sparse model misses of the dense one" : sizeOf(part),
+        part.type === "error" ? "part of the dense residual that the sparse model misses" : sizeOf(part),
         " at ",
         at.slice(0, 6).map((each) => [token(texts[each].text), h("small", {}, ` ${each} `)]),
       ),
@@ -346,7 +346,7 @@ export function makeGraph(model, holder, tip, { choose, labelOf }) {
 
   const boxes = () => [...layout.at.values()].map((box) => box).concat([...layout.leaves.values()]);
 
-  /** What stands next to something in a direction; without it the strongest. */
+  /** Return the key of the nearest box in an arrow's direction; the first card if nothing is selected. */
   function next(key, arrow) {
     const from = key && boxOf(layout, shownFor(key) ?? "");
     if (!from) return layout.at.keys().next().value ?? null;
@@ -364,7 +364,7 @@ export function makeGraph(model, holder, tip, { choose, labelOf }) {
     return best ?? key;
   }
 
-  /** Scroll to where something is drawn. */
+  /** Scroll to the box of a key. */
   function reveal(key) {
     const box = boxOf(layout, shownFor(key) ?? "");
     if (!box) return;

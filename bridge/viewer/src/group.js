@@ -1,4 +1,4 @@
-// The sheet of a group, and the list of all parts of the circuit: what they are, what ablating them does, what they are joined to.
+// The sheet of a part, and the list of all parts of the circuit, with their sizes, their edges and the effects of ablating them.
 
 import { h, nats, number, plainLabel, put, signed, token } from "./dom.js";
 import { diverging, effectRow, nodeRow } from "./edges.js";
@@ -8,7 +8,7 @@ const FIRST = 10;
 
 const uniq = (list) => [...new Set(list)].sort((a, b) => a - b);
 
-/** Sparse and dense effect as bars on one scale. */
+/** Return named effects as bars on one scale. */
 export function effectBars(rows, scale) {
   return h(
     "dl",
@@ -20,7 +20,7 @@ export function effectBars(rows, scale) {
   );
 }
 
-/** A group, an error or what a larger circuit adds. */
+/** Draw the sheet of a part: a group, an error, or nodes that a larger circuit adds. */
 export function drawPart(model, sheet, part, { choose, labels, nameOf, links, isOpen }) {
   const { tokens } = model.explanation;
   const positions = uniq(part.nodes.map((node) => node.position)),
@@ -30,7 +30,7 @@ export function drawPart(model, sheet, part, { choose, labels, nameOf, links, is
   put(
     sheet,
     h("h3", { class: "title" }, plainLabel(part.title)),
-    part.group?.label && h("p", { class: "row-text quiet" }, `by rule: ${plainLabel(part.group.name)}`),
+    part.group?.label && h("p", { class: "row-text quiet" }, `name by rule: ${plainLabel(part.group.name)}`),
     h(
       "p",
       { class: "who" },
@@ -45,26 +45,26 @@ export function drawPart(model, sheet, part, { choose, labels, nameOf, links, is
       h(
         "p",
         { class: "row-text" },
-        `What the dense model adds here beyond the sparse one. Its length is ${number(part.nodes[0].activation)}; that of its mean, by which it is replaced elsewhere, ${number(part.nodes[0].mean)}.`,
+        `The part of the dense residual that the sparse model misses here. Its length is ${number(part.nodes[0].activation)}. When the error is ablated, it is set to its mean, whose length is ${number(part.nodes[0].mean)}.`,
       ),
     part.type === "more"
       ? h(
           "p",
           { class: "row-text quiet" },
-          "Nodes that the larger circuit has beside the one that was measured: not grouped, effects not measured.",
+          "Nodes that the larger circuit adds to the measured one. They are not grouped, and their effects are not measured.",
         )
       : h(
           "section",
           {},
-          h("h3", {}, "Ablated alone, d loses"),
+          h("h3", {}, "Loss of d when ablated alone, in nats"),
           effectBars(
             [
-              ["in the circuit, nats", part.effect],
+              ["from the circuit", part.effect],
               ...(error
                 ? []
                 : [
-                    ["with all nodes of the sparse model", part.sparse],
-                    ["that, patched into the dense model", part.dense],
+                    ["from sparse with all its nodes", part.sparse],
+                    ["that change patched into dense", part.dense],
                   ]),
             ],
             scale,
@@ -103,7 +103,7 @@ export function drawPart(model, sheet, part, { choose, labels, nameOf, links, is
   );
 }
 
-/** Edges of a part one way, to other parts, inputs and the answer. */
+/** Return the list of a part's edges in one direction, to other parts, inputs or the answer; null if there are none. */
 function joined(title, links, end, nameOf, choose) {
   if (!links.length) return null;
   const most = Math.abs(links[0].effect) || 1e-9;
@@ -125,14 +125,14 @@ function joined(title, links, end, nameOf, choose) {
         ),
     );
   show(FIRST);
-  return h("section", { class: "listed" }, h("h3", {}, title, h("small", {}, "nats of d by its edges, first order")), body);
+  return h("section", { class: "listed" }, h("h3", {}, title, h("small", {}, "effect on d in nats, first order")), body);
 }
 
-/** All parts of the circuit, the strongest first, where nothing is chosen. */
+/** Draw the list of all groups and errors of the circuit, the strongest first; it is shown if nothing is selected. */
 export function drawParts(model, sheet, level, choose) {
   const parts = [...partsOf(model, level).values()].filter((part) => part.type !== "more");
   if (!parts.length) {
-    put(sheet, h("div", { class: "empty" }, h("p", {}, "The circuit has no nodes: there is nothing to draw.")));
+    put(sheet, h("div", { class: "empty" }, h("p", {}, "The circuit has no nodes, so there is nothing to draw.")));
     return;
   }
   put(
@@ -141,7 +141,7 @@ export function drawParts(model, sheet, level, choose) {
     h(
       "p",
       { class: "lead" },
-      "By what d loses, in nats, when each alone is ablated from the circuit; below, from the sparse model with all its nodes, and that patched into the dense model. Choose one, or a node in it.",
+      "Loss of d in nats when each alone is ablated from the circuit. Sparse: loss when a group is ablated from the sparse model with all its nodes. Dense: loss in the dense model when that change is patched through the bridge. Click a row to see its nodes and edges.",
     ),
     h(
       "ul",

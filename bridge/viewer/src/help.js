@@ -1,37 +1,35 @@
-// How to read the page, its keys, and the licences of what it is made with.
+// The help dialog: how to read the page, its words and keys, and the licences of the packages that it contains.
 
 import { h, put } from "./dom.js";
 
 const KEYS = [
   ["/", "find a node"],
-  ["← ↑ → ↓", "to the next group or node"],
+  ["← ↑ → ↓", "go to the next group or node"],
   ["Enter", "open or close the group"],
   ["o", "open or close all groups"],
-  ["Esc", "let go of what is chosen"],
-  ["[ ]", "a smaller, a larger circuit"],
-  ["1 2 3", "evidence, what is chosen, attention"],
-  ["l", "label the node"],
-  ["t", "light or dark"],
-  ["?", "this help"],
+  ["Esc", "clear the selection"],
+  ["[ ]", "show a smaller or a larger circuit"],
+  ["1 2 3", "show the evidence, the groups and nodes, the attention"],
+  ["l", "label the selected node"],
+  ["t", "switch between light and dark"],
+  ["?", "show this help"],
 ];
 
 const WORDS = [
-  ["d", "the log-odds of the answer at the last token, in nats: against all other tokens, or against one"],
-  ["span", "d of the dense model less d with every node and every error at its mean: what there is to explain"],
-  ["F", "normalised faithfulness: 1 less the distance of d from the dense model's, as a share of the span"],
-  ["KL", "how far the next-token probabilities are from the dense model's, in nats"],
-  ["random supersets", "the circuit with random other nodes kept as well; what works only while all else is ablated fails there"],
-  ["adversary", "the superset that is worst for F, by 20 sign steps; it bounds nothing"],
-  ["left", "the share of the span that is left when the circuit alone is ablated"],
+  ["d", "log-odds of the answer after the last token, in nats, against all other tokens or against one other token"],
+  ["span", "d in the dense model minus d with every node and every error at its mean: the amount to explain"],
+  ["F", "normalised faithfulness: 1 minus the distance of d from the dense model's, as a share of the span"],
+  ["KL", "KL divergence from the dense model's next-token distribution, in nats"],
+  ["random supersets", "the circuit with random outside nodes kept as well; a circuit that works only in isolation fails there"],
+  ["adversary", "lowest F that 20 sign steps on a mask over the outside nodes find; it has no bound"],
+  ["left", "share of the span that is left when the circuit is ablated and all other nodes are kept"],
   ["ablated", "set to its mean over text"],
   [
     "error",
-    "what the dense model has at a site and token beyond the sparse one; with all errors the sparse model gives the dense answer exactly",
+    "the part of the dense residual that the sparse model misses at a site and token; with all errors the sparse model gives the dense answer exactly",
   ],
-  [
-    "replacement, completeness",
-    "shares of the paths from input to answer, and of the inputs of nodes, that flow through nodes rather than errors",
-  ],
+  ["replacement", "share of the paths from input to answer, weighted by strength, that go through nodes rather than errors"],
+  ["completeness", "share of what the nodes read, weighted by influence on the answer, that comes from nodes rather than errors"],
 ];
 
 const pairs = (list) =>
@@ -47,21 +45,21 @@ export function makeHelp(dialog) {
   put(
     dialog,
     h("form", { method: "dialog" }, h("button", { "aria-label": "Close" }, "Close")),
-    h("h2", {}, "How to read this"),
+    h("h2", {}, "How to read this page"),
     h(
       "p",
       {},
-      "Tokens run from left to right, the computation from the embeddings below to the answer above. A node is a channel of the sparse model at one token. Nodes that do one job are drawn as a card; a click opens it into its nodes.",
+      "Tokens run from left to right, and the computation runs from the embeddings at the bottom to the answer at the top. A node is a channel of the sparse model at one token. Nodes that do one job form a group, which is drawn as one card. Click a card to open it into its nodes.",
     ),
     h(
       "p",
       {},
-      "The numbers on a card are what d loses, in nats, when the group alone is ablated from the circuit, and what the dense model loses when its ablation is patched through the bridge; that of the sparse model with all its nodes, which is what is patched, is in its tip. An edge is as wide as what it adds to d, to first order. Blue supports the answer, orange works against it. Hatched cards are errors: what is unexplained.",
+      "A card shows two numbers, in nats. The first is the loss of d when the group alone is ablated from the circuit. For the second, the group is ablated from the sparse model with all its nodes, and this change is patched through the bridge: the number is the loss of d in the dense model. The tooltip of the card also gives the loss in the sparse model. The width of an edge shows what it adds to d, to first order. Blue supports the answer, orange opposes it. Hatched cards are errors, which the sparse model does not explain.",
     ),
     h(
       "p",
       {},
-      "The slider walks the nested circuits. A circuit is found in the sparse model; what holds there holds for the dense one only as far as the evidence on the dense model goes. The strongest verdict says support, never proof.",
+      "The slider selects one of the nested circuits. Circuits are found in the sparse model. A result about the sparse model holds for the dense model only if the evidence on the dense model supports it. The strongest verdict claims support, never proof.",
     ),
     h("h2", {}, "Words"),
     pairs(WORDS),

@@ -1,19 +1,19 @@
-// Labels that a person gives to channels: kept by the server when served, else in this browser, for this coupling alone.
+// Labels that a person gives to the channels of one coupling: the server keeps them if it serves the page, else the browser.
 
-/** `get(name)`, `set(name, text)`, `all()`, and `where(name)`: where a label is kept or why it is not, in words. */
+/** Return {get(name), set(name, text), all(), take(labels), where(name)}; `where` says where a label is kept or why it is not. */
 export function makeLabels(data, changed) {
   const made = data.explanation.provenance;
   const key = `bridge-labels:${made.coupling_fingerprint ?? `${made.dense_fingerprint}:${made.coupling}:${made.l0}`}`;
   let own = new Map(),
     kept = "kept in this browser",
     storage = null;
-  const unkept = new Map(); // names whose last label could not be kept, and why
+  const unkept = new Map(); // name -> why its last label could not be kept
   if (!data.served) {
     try {
       own = stored(window.localStorage, key);
       storage = window.localStorage;
     } catch {
-      kept = "not kept: this browser stores nothing for files; save the labels as JSON";
+      kept = "not kept: this browser stores nothing for pages opened from files; save the labels as JSON";
     }
   } else kept = "kept with the coupling";
   const base = clean(data.labels ?? {});
@@ -21,7 +21,7 @@ export function makeLabels(data, changed) {
   async function set(name, text) {
     const line = text.replace(/\s+/g, " ").trim().slice(0, 300);
     if (line === (get(name) ?? "") && !unkept.has(name)) return kept;
-    own.set(name, line); // an empty one hides what came with the page
+    own.set(name, line); // an empty label hides the one that came with the page
     unkept.delete(name);
     changed();
     try {
@@ -34,16 +34,16 @@ export function makeLabels(data, changed) {
     return kept;
   }
 
-  /** Put one label with what the browser keeps now: other pages of this coupling keep theirs there too. */
+  /** Add one label to those that the browser keeps now, because other pages of this coupling may have added theirs. */
   function store(name, line) {
     try {
       storage.setItem(key, JSON.stringify(Object.fromEntries(stored(storage, key).set(name, line))));
     } catch {
-      throw new Error("not kept: this browser has no room for it; save the labels as JSON");
+      throw new Error("not kept: this browser has no room for the label; save the labels as JSON");
     }
   }
 
-  /** Give one label to the server, for the coupling as it is listed there and no other. */
+  /** Send one label to the server, for the coupling of this name and no other. */
   async function send(name, line) {
     let answer, reply;
     try {
@@ -67,7 +67,7 @@ export function makeLabels(data, changed) {
   return { get, set, all, take, where: (name) => unkept.get(name) ?? (get(name) ? kept : null) };
 }
 
-/** What a browser keeps under a key; nothing where that is no labels. */
+/** Return the labels that the browser keeps under a key; none if the stored text is not a set of labels. */
 function stored(storage, key) {
   const text = storage.getItem(key);
   try {
@@ -79,6 +79,6 @@ function stored(storage, key) {
 
 function clean(labels) {
   if (labels === null || typeof labels !== "object" || Array.isArray(labels))
-    throw new Error("labels are an object of names and texts");
+    throw new Error("labels must be an object of names and texts");
   return new Map(Object.entries(labels).filter(([, text]) => typeof text === "string"));
 }

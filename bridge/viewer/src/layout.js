@@ -1,36 +1,36 @@
-// Where everything stands: a column for each token, a row for each height of the computation, cards packed in cells, edges routed.
+// Lay out the circuit: a column for each token, a row for each height of the computation, cards packed into cells, edges routed.
 //
-// Columns without cards are as narrow as their tokens; where there is no room for them, those that nothing reads are drawn as one.
-// Columns with cards are widened, one card at a time, where that saves most height, until the graph is as tall as its room.
+// Columns without cards are as narrow as their tokens; if there is too little room, tokens that nothing reads share a column.
+// Columns with cards are widened by one card at a time, each time the column that saves most height, until the graph fits.
 
 import { curveBundle, line } from "d3-shape";
 import { fitLines } from "./dom.js";
 
 export const LABELS = 74; // width of the rows' names
 export const PAD = 9;
-const CARDS = [164, 146]; // widths of a card, the second where there is little room
+const CARDS = [164, 146]; // widths of a card; the second is used if there is little room
 const LINE = 14,
   GAP = 9,
   GUTTER = 16,
   ROW_GAP = 11,
-  TOP = 44, // the answer
+  TOP = 44, // room for the answer
   LEAF = 21,
   LEAF_WIDE = 150,
   TOKENS = 34,
   UPRIGHT = 76,
-  MOST_SPREAD = 64, // added to each column where there is room
-  SLIM = 40; // the widest of what is drawn small
+  MOST_SPREAD = 64, // added at most to each column if there is room
+  SLIM = 40; // the largest width of a part that is drawn small
 export const NAME_FONT = '500 11.5px "Inter", sans-serif',
   TOKEN_FONT = '12px "JetBrains Mono", monospace';
 const bundled = line().curve(curveBundle.beta(0.9));
 
-/** A part's title without what its column says: the token that it is at. */
+/** Return a part's title without the token at its start, if the part is in the column of that token. */
 function shortTitle(part) {
   const found = /^(?:at|reads) .*?@(\d+), (?=.)/s.exec(part.title);
   return found && !part.group?.label && Number(found[1]) === part.position ? part.title.slice(found[0].length) : part.title;
 }
 
-/** How large a part is drawn, closed or open; what does next to nothing, and what was not measured, is drawn small. */
+/** Return the size of a part, closed or open; groups with weak effects and added nodes are drawn small. */
 function sized(part, open, card, most) {
   if (open) {
     const many = part.nodes.length;
@@ -45,7 +45,7 @@ function sized(part, open, card, most) {
   return { w: card, h: lines.length * LINE + LINE + 11, lines };
 }
 
-/** A cell's cards in lines no wider than `wide`: [[cards], ...]. */
+/** Return a cell's cards in lines no wider than `wide`, as [[card, ...], ...]. */
 function packed(cards, wide) {
   const lines = [];
   let room = 0;
@@ -61,8 +61,8 @@ const tallOf = (lines) => lines.reduce((sum, inLine) => sum + Math.max(...inLine
 const wideOf = (inLine) => inLine.reduce((sum, card) => sum + card.w + GAP, -GAP);
 
 /**
- * Places of parts, their leaves, columns and rows, for a width and a height to fill; `read` are the positions of inputs with edges.
- * Cards are smaller where they would not fit otherwise.
+ * Return the places of parts, leaves, columns and rows for a width and a height to fill; `read` has the positions of inputs with
+ * edges. Cards are drawn smaller if they do not fit otherwise.
  */
 export function place(tokens, parts, open, read, width, tall) {
   const ways = [
@@ -167,7 +167,7 @@ function placed(tokens, parts, open, read, width, tall, card, most, folded) {
   };
 }
 
-/** Columns from left to right; a run of tokens that nothing reads is one where there is no room for each. */
+/** Return the columns from left to right; a run of tokens that nothing reads is one column if there is no room for each. */
 function columnsOf(tokens, cards, read, free, folded) {
   const widest = new Map();
   for (const { part, w } of cards) widest.set(part.position, Math.max(w, widest.get(part.position) ?? 0));
@@ -224,7 +224,7 @@ function placeLeaves(box, leaves) {
   });
 }
 
-/** The box that a key is drawn as; null where it is not drawn. */
+/** Return the box of a key; null if the key is not drawn. */
 export function boxOf(layout, key) {
   if (key === "answer")
     return { key, x: layout.answer.x - 64, y: 6, w: 128, h: 30, row: -1, column: layout.columns[layout.columns.length - 1] };
@@ -235,7 +235,7 @@ export function boxOf(layout, key) {
   return layout.leaves.get(key) ?? layout.at.get(key) ?? null;
 }
 
-/** Where each end of an edge meets its box: edges of a side are spread over it in the order of what they go to. */
+/** Return edges with the points at which they meet their boxes, spread along each side in the order of the other ends. */
 export function portsOf(layout, links) {
   const sides = new Map();
   const boxed = [];
@@ -266,7 +266,7 @@ export function portsOf(layout, links) {
   return boxed;
 }
 
-/** The path of an edge: straight where nothing is between, else around the cards, in one of the lanes of a gutter. */
+/** Return the path of an edge: direct if no row is between its ends, else around the cards, in one of the lanes of a gutter. */
 export function route(layout, { from, to, start, stop }, lane) {
   const aside = (lane % 4) * 3.5 - 5;
   if (from.row === to.row && from.row >= 0 && from.row < layout.rows.length) return across(layout, from, to, start, stop, aside);
@@ -285,7 +285,7 @@ export function route(layout, { from, to, start, stop }, lane) {
   ]);
 }
 
-/** An edge within a row: from side to side, or over what stands between. */
+/** Return the path of an edge within a row: from side to side, or over the cards between its ends. */
 function across(layout, from, to, start, stop, aside) {
   const y = from.y + from.h / 2,
     v = to.y + to.h / 2;
@@ -306,6 +306,6 @@ function across(layout, from, to, start, stop, aside) {
       [stop.x, to.y],
     ]);
   }
-  const edge = Math.min(from.x, to.x) - 10 + aside; // one above the other
+  const edge = Math.min(from.x, to.x) - 10 + aside; // one box is above the other
   return `M${from.x} ${y}C${edge} ${y} ${edge} ${v} ${to.x} ${v}`;
 }

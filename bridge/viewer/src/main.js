@@ -1,4 +1,4 @@
-// One explanation, drawn. The page's state is one object; every change of it goes through `set`, which draws what depends on it.
+// Draw one explanation. The page's state is one object; every change goes through `set`, which redraws what depends on it.
 
 import { drawAnswers, drawAsk, drawModels, drawVerdict } from "./answer.js";
 import { drawAttention } from "./attention.js";
@@ -15,14 +15,14 @@ import { drawNode } from "./node.js";
 import { makeSave } from "./save.js";
 
 const TABS = { evidence: "Evidence", chosen: "Groups and nodes", attention: "Attention" };
-const NOTICED = 6000; // milliseconds that a notice stays
+const NOTICED = 6000; // milliseconds for which a notice is shown
 const $ = (id) => document.getElementById(id);
 
 const model = read(JSON.parse($("data").textContent));
 const room = () => ({ width: Math.max(280, $("plot").clientWidth), height: $("plot").clientHeight });
 const state = {
   level: model.explanation.opening,
-  open: new Set(), // keys of the parts that are drawn as their nodes
+  open: new Set(), // keys of the open parts, which are drawn as their nodes
   selected: null, // the key of a part, or the id of a node
   found: null,
   tab: "evidence",
@@ -32,7 +32,7 @@ const state = {
   ...room(),
 };
 const say = (text) => ($("live").textContent = text);
-/** Say it, and show it for a while: what came of something that a person did, where nothing else on the page tells. */
+/** Announce a text and show it for a while; for results of the user's actions that nothing else on the page shows. */
 function notify(text) {
   say(text);
   clearTimeout($("notice").timer);
@@ -53,7 +53,7 @@ function set(patch) {
   if (changed("tab", "head")) graph.attend(state.tab === "attention" ? (model.attention[state.head ?? 0] ?? null) : null);
 }
 
-/** Choose a group or a node, from anywhere; `open` a group, or close it; the circuit that has it is drawn. */
+/** Select a part, and open or close it if `toggle`; or select a node, and open its group in a circuit that has the node. */
 function choose(key, toggle = false) {
   const node = model.byId.get(key);
   const part = node && node.kind !== "error" ? partOf(node) : key;
@@ -139,7 +139,7 @@ function switchTheme() {
   try {
     localStorage.setItem("bridge-theme", next);
   } catch {
-    // it lasts as long as the page does
+    // the theme is then kept only while the page is open
   }
 }
 
@@ -188,7 +188,7 @@ function onKey(event) {
 }
 
 startTheme();
-if (jobOf(model.data) !== null) $("save").before(h("a", { href: "/", id: "again" }, "Ask another"));
+if (jobOf(model.data) !== null) $("save").before(h("a", { href: "/", id: "again" }, "New prompt"));
 drawModels(model, $("models"));
 drawAsk(model, $("ask"));
 drawAnswers(model, $("answers"));
@@ -196,8 +196,8 @@ drawVerdict(model, $("verdict"));
 graph.draw({ ...state });
 drawBar(model, $("bar"), state, set, graph);
 drawLegend(model, $("legend"), graph);
-set(room()); // what stands above and below has its height now
-$("ask").querySelector("pre").scrollTop = 1e6; // the end of the prompt is what is continued
+set(room()); // the elements above and below have their final heights now
+$("ask").querySelector("pre").scrollTop = 1e6; // show the end of the prompt, which the models continue
 drawTabs();
 drawSheet();
 makeHelp($("help"));
@@ -207,7 +207,7 @@ $("theme").addEventListener("click", switchTheme);
 $("help-open").addEventListener("click", () => $("help").showModal());
 document.addEventListener("keydown", onKey);
 document.addEventListener("click", (event) => event.target.closest("#save") || ($("save").open = false));
-document.fonts.ready.then(() => set({ fonts: true, ...room() })); // texts were fitted to other fonts
+document.fonts.ready.then(() => set({ fonts: true, ...room() })); // texts were fitted before the fonts were loaded
 new ResizeObserver(
   () => (Math.abs(room().width - state.width) > 8 || Math.abs(room().height - state.height) > 24) && set(room()),
 ).observe($("plot"));

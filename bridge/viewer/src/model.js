@@ -1,8 +1,8 @@
-// The page's data -> what is drawn: the groups, errors and added nodes of a nested circuit, and the edges between them.
+// Convert the page's data to what is drawn: the groups, errors and added nodes of a nested circuit, and the edges between them.
 //
-// A part is what stands in the graph as one card: a group of nodes, an error, or the nodes of one place that a larger circuit adds.
-// Parts and other ends of edges have keys as the explanation's group edges name them: group:3, error:4@7, input:7, answer; and
-// more:13@7 for what is added.
+// A part is drawn as one card: a group of nodes, an error, or the nodes that a larger circuit adds at one place. Parts and other
+// ends of edges have the keys that the explanation's group edges use: group:3, error:4@7, input:7, answer. The key of added nodes
+// is more:13@7.
 
 import { signed } from "./dom.js";
 
@@ -20,7 +20,7 @@ export const KIND_NAMES = {
 };
 const ATTENTION = new Set(["attn_in", "q", "k", "v", "attn_out"]);
 
-/** Read the page's data. */
+/** Return the page's data with nodes and edges sorted and indexed. */
 export function read(data) {
   const { explanation } = data;
   const nodes = [...explanation.nodes].sort((a, b) => Math.abs(b.effect ?? 0) - Math.abs(a.effect ?? 0));
@@ -45,23 +45,23 @@ export function read(data) {
     strongest: Math.max(...nodes.map((node) => Math.abs(node.effect ?? 0)), 1e-9),
     strongestEdge: Math.abs(edges[0]?.effect ?? 0) || 1e-9,
     strongestGroup,
-    weak: Math.min(0.05, strongestGroup / 40), // nats; groups that do less are drawn small
+    weak: Math.min(0.05, strongestGroup / 40), // nats; groups with smaller effects are drawn small
   };
 }
 
-/** The explanation's id on the server; null where the page is a file. */
+/** Return the explanation's id on the server; null if the page is a file. */
 export const jobOf = (data) => (data.served && location.protocol.startsWith("http") ? data.job : null);
 
-/** A nested circuit's name: the faithfulness that was asked of it. */
-export const levelName = (nested) => (nested.asked === null ? "full distribution" : `F ${nested.asked}`);
+/** Return a nested circuit's name: the faithfulness that the search had to reach. */
+export const levelName = (nested) => (nested.asked === null ? "full KL" : `F ${nested.asked}`);
 
-/** How high in the computation a node is. An error enters the residual before the sublayer that reads at its site. */
+/** Return a node's height in the computation. An error enters the residual before the sublayer that reads at its site. */
 function heightOf({ layer, kind }) {
   if (kind === "error") return 2 * layer;
   return 4 * layer + (ATTENTION.has(kind) ? 1 : 3);
 }
 
-/** The name of a height: the layer and what is computed there. */
+/** Return the name of a height as [layer, sublayer or site]. */
 export function heightName(height) {
   if (height % 2 === 0) return ["", `site ${height / 2}`];
   return [`L${Math.floor(height / 4)}`, height % 4 === 1 ? "attn" : "MLP"];
@@ -70,20 +70,20 @@ export function heightName(height) {
 export const errorName = (node) => `error at site ${node.layer}`;
 export const keyOfError = (node) => `error:${node.layer}@${node.position}`;
 
-/** The key of the part that has a node. */
+/** Return the key of the part that contains a node. */
 export function partOf(node) {
   if (node.kind === "error") return keyOfError(node);
   return node.group !== null ? `group:${node.group}` : `more:${heightOf(node)}@${node.position}`;
 }
 
-/** The value of `of` that has most of the nodes' effect. */
+/** Return the value of `of` whose nodes have the largest sum of effect magnitudes. */
 function mostly(nodes, of) {
   const sums = new Map();
   for (const node of nodes) sums.set(of(node), (sums.get(of(node)) ?? 0) + Math.abs(node.effect ?? 0) + 1e-6);
   return [...sums].reduce((best, each) => (each[1] > best[1] ? each : best))[0];
 }
 
-/** The parts of a nested circuit, by key, the strongest first. */
+/** Return the parts of a nested circuit by key, the strongest first. */
 export function partsOf(model, level) {
   const byKey = new Map();
   for (const node of model.nodes) {
@@ -100,7 +100,7 @@ export function partsOf(model, level) {
       type,
       nodes,
       group,
-      // of a smaller circuit it says how many it has of all; what a large one has is not all listed
+      // of the whole group: a smaller circuit has only some of its nodes, and for a large circuit not all of them are listed
       total: group && type !== "error" ? group.nodes.length : nodes.length,
       partly: level < model.explanation.opening && group !== null && nodes.length < group.nodes.length,
       title: type === "error" ? errorName(nodes[0]) : group ? (group.label ?? group.name) : `added at ${addedAt(model, nodes)}`,
@@ -118,14 +118,14 @@ export function partsOf(model, level) {
 
 const addedAt = (model, nodes) => levelName(model.explanation.nested[nodes[0].level]);
 
-/** An end of an edge that is no node of the circuit: its key, or null. */
+/** Return the key of an edge's end that is the answer or an input; null for other ends. */
 export function outerKey(id) {
   if (id === "answer" || /answer\[/.test(id)) return "answer";
   const found = /^(?:embedding|bigram)\b.*@(\d+)$/.exec(id);
   return found ? `input:${found[1]}` : null;
 }
 
-/** Edges between parts, the strongest first; a part that is open has its nodes for ends instead. */
+/** Return the edges between parts, the strongest first; the edges of an open part end at its nodes. */
 export function linksOf(model, parts, open, level) {
   const { explanation } = model;
   if (!open.size && level >= explanation.opening) {
@@ -151,16 +151,16 @@ export function linksOf(model, parts, open, level) {
   return [...sums.values()].sort((a, b) => Math.abs(b.effect) - Math.abs(a.effect));
 }
 
-/** A node's effect in words. */
+/** Return a node's effect in words. */
 export const effectOf = (node) => (node.effect === null ? "not measured" : `${signed(node.effect)} nats`);
 
-/** How many nodes, in words. */
+/** Return a number of nodes in words. */
 export const nodeCount = (many) => `${many.toLocaleString("en-US")} ${many === 1 ? "node" : "nodes"}`;
 
-/** How large a part is, in words: its leaves, and how many of them a smaller circuit has. */
+/** Return a part's number of nodes in words, and how many of them a smaller circuit has. */
 export const sizeOf = (part) => (part.partly ? `${part.nodes.length} of ${nodeCount(part.total)}` : nodeCount(part.total));
 
-/** The question in words: what d is the log-odds of. */
+/** Return in words what d is; `name` converts the text of a token. */
 export const dOf = ({ answer, contrast }, name) =>
   contrast
     ? ["log-odds of ", name(answer.text), " against ", name(contrast.text)]

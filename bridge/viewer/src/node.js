@@ -1,4 +1,4 @@
-// The sheet of a node: what it is called, what it does here, what it does on text, and what it is linked to.
+// The sheet of a node: its label, its value and effect on this prompt, its edges, and its behaviour on text.
 
 import { scaleLinear } from "d3-scale";
 import { count, h, number, plain, plainLabel, put, s, signed, token } from "./dom.js";
@@ -35,9 +35,9 @@ export function drawNode(model, sheet, node, { choose, labels, showHead, notify 
       : h(
           "p",
           { class: "empty" },
-          "What this channel does on other text is not known here: run ",
+          "This page has no data on what this channel does on other text: run ",
           h("code", {}, "bridge nodes"),
-          " on the coupling once, and explain again.",
+          " on the coupling once, then explain the prompt again.",
         ),
     model.data.served && drawSteer(model, node),
   );
@@ -48,7 +48,7 @@ function labelEditor(node, page, labels, notify) {
   const status = h(
     "span",
     { class: "kept" },
-    labels.where(node.name) ?? (automatic ? "by rule; type to give it your own label" : ""),
+    labels.where(node.name) ?? (automatic ? "label by rule; type to replace it with your own" : ""),
   );
   const input = h("input", {
     class: "label-input",
@@ -56,7 +56,7 @@ function labelEditor(node, page, labels, notify) {
     maxlength: 300,
     spellcheck: false,
     value: labels.get(node.name) ?? "",
-    placeholder: automatic ? plainLabel(automatic) : "Give it a label",
+    placeholder: automatic ? plainLabel(automatic) : "Label this channel",
     title: labels.get(node.name) ?? (automatic ? plainLabel(automatic) : null),
     "aria-label": `Label of ${node.name}`,
     onkeydown: (event) => event.key === "Enter" && input.blur(),
@@ -80,20 +80,20 @@ function labelEditor(node, page, labels, notify) {
     h(
       "p",
       { class: "label-note" },
-      automatic && labels.get(node.name) ? h("span", {}, `by rule: ${plainLabel(automatic)} · `) : null,
+      automatic && labels.get(node.name) ? h("span", {}, `label by rule: ${plainLabel(automatic)} · `) : null,
       status,
     ),
   );
 }
 
-/** The text over which the means of the explanation were taken, by its size where it is known. */
+/** Return the text over which the explanation's means were taken: its number of tokens if known, else its name. */
 function reference(model) {
   const text = String(model.explanation.provenance.reference),
     tokens = /^(\d+) tokens/.exec(text);
   return tokens ? `${count(Number(tokens[1]))} tokens` : plain(text, 40);
 }
 
-/** Value against its mean, effect in both models. */
+/** Draw a node's value, its mean and deviation, and its effect. */
 function numbers(model, node, page) {
   const spread = page?.deviation ?? 0;
   const most = 1.1 * Math.max(Math.abs(node.activation), Math.abs(node.mean) + spread, 1e-6);
@@ -123,20 +123,20 @@ function numbers(model, node, page) {
     h(
       "p",
       { class: "row-text quiet" },
-      `mean ${signed(node.mean)} over ${reference(model)}, which replaces it where it is ablated${spread ? `; deviation ${number(spread)} over ${count(page.n_tokens)} tokens` : ""}`,
+      `mean ${signed(node.mean)} over ${reference(model)}, the value of the node when it is ablated${spread ? `; standard deviation ${number(spread)} over ${count(page.n_tokens)} tokens` : ""}`,
     ),
     drawing,
     node.effect === null
       ? h(
           "p",
           { class: "row-text quiet" },
-          `It is of the larger circuit at ${levelName(model.explanation.nested[node.level])}; its effect was not measured.`,
+          `Its effect was not measured. The smallest circuit with this node is the one at ${levelName(model.explanation.nested[node.level])}.`,
         )
-      : effectBars([["ablated alone, d loses, nats", node.effect]], model.strongest),
+      : effectBars([["loss of d when ablated alone, nats", node.effect]], model.strongest),
   );
 }
 
-/** The group that a node is of, to go back to. */
+/** Return a link to the node's group; null if it has none. */
 function partLink(model, node, choose) {
   const group = node.group === null ? null : model.explanation.groups[node.group];
   if (!group) return null;
@@ -156,7 +156,7 @@ function heads(model, node, showHead) {
   if (!found.length) return null;
   const link = (place) => {
     const { head, query } = model.attention[place];
-    const text = `What head ${head} reads at ${plain(model.explanation.tokens[query]?.text ?? "", 12)} (${query})`;
+    const text = `Attention of head ${head} at ${plain(model.explanation.tokens[query]?.text ?? "", 12)} (${query})`;
     return h("button", { type: "button", class: "link", onclick: () => showHead(place) }, text);
   };
   return h("p", { class: "heads" }, found.slice(0, 6).map(link));

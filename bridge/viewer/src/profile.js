@@ -1,4 +1,4 @@
-// The values behind a measure: effects in the sparse model against those in the dense one, a dot each; or a table.
+// The values from which a measure was computed: effects in the sparse and the dense model as a scatter plot, or a table.
 
 import { scaleSymlog } from "d3-scale";
 import { h, number, s, signed } from "./dom.js";
@@ -9,9 +9,9 @@ const W = 344,
   BOTTOM = 34,
   TOP = 8,
   RIGHT = 8;
-const MANY = 12; // points from which on they are drawn as dots
+const MANY = 12; // the smallest number of points that is drawn as a scatter plot
 
-/** What a measure was made from. */
+/** Return the drawing of the values from which a measure was computed. */
 export function drawPoints(model, measure, choose) {
   const { points } = measure;
   const names = [...new Set(points.flatMap((point) => Object.keys(point.values)))];
@@ -50,7 +50,7 @@ export function drawPoints(model, measure, choose) {
   );
 }
 
-/** A dot for each point. */
+/** Return a scatter plot with a dot for each point. */
 function scatter(model, points, choose) {
   const axisOf = (key, range) => {
     const most = Math.max(...points.map((point) => Math.abs(point.values[key])), 1e-3);
@@ -84,7 +84,7 @@ function scatter(model, points, choose) {
   );
 }
 
-/** 0 and powers of ten on both sides, from the largest that fits down, as far apart as their texts need. */
+/** Return ticks: 0 and powers of ten of both signs, the largest first, without those whose texts would overlap. */
 function ticksOf(most, scale) {
   const kept = [0];
   for (let size = 10 ** Math.floor(Math.log10(most)); size > most / 200; size /= 10) {

@@ -1,4 +1,4 @@
-// The circuit as SVG and as PNG, the labels and the explanation as JSON.
+// The Save menu: the circuit as SVG and as PNG, the explanation and the labels as JSON.
 
 import { download, h, plain, put, s } from "./dom.js";
 import { LABELS } from "./layout.js";
@@ -20,9 +20,9 @@ const KEPT = [
   "mix-blend-mode",
 ];
 
-const MOMENTARY = ".focus"; // what is chosen, under the pointer or reached by keys just now
+const MOMENTARY = ".focus"; // edges of the selection or of the element under the pointer, which are not saved
 
-/** One SVG of the three that the circuit is made of, with a caption and a key, its looks written out, readable without this page. */
+/** Return the circuit's three SVGs as one, with a caption and a key, and with all styles written out, so it needs no page. */
 function standalone(graph, title, model, level) {
   const { parts } = graph;
   const size = (svg) => [Number(svg.getAttribute("width")), Number(svg.getAttribute("height"))];
@@ -40,7 +40,7 @@ function standalone(graph, title, model, level) {
   whole.append(s("rect", { width: "100%", height: "100%", fill: getComputedStyle(document.body).backgroundColor }));
   const focused = parts.plot.classList.contains("focused");
   const chosen = parts.plot.querySelectorAll(".chosen");
-  parts.plot.classList.remove("focused"); // nothing stands back for what is chosen
+  parts.plot.classList.remove("focused"); // so that nothing is dimmed
   chosen.forEach((each) => each.classList.remove("chosen"));
   const lasting = (svg) => [...svg.children].filter((each) => !each.matches(MOMENTARY));
   for (const [svg, x, y] of [
@@ -57,7 +57,7 @@ function standalone(graph, title, model, level) {
   return new XMLSerializer().serializeToString(whole);
 }
 
-/** A name for a file of this explanation: what it is, and the letters and digits at the end of its prompt. */
+/** Return a name for a file of this explanation: its kind, and the letters and digits at the end of the prompt. */
 function fileName(what, prompt, ending) {
   const words = prompt.toLowerCase().match(/[a-z0-9]+/g) ?? [];
   const slug = words
@@ -90,7 +90,7 @@ async function png(text) {
     await new Promise(
       (done, failed) => (
         (image.onload = done),
-        (image.onerror = () => failed(new Error("this browser could not draw it"))),
+        (image.onerror = () => failed(new Error("this browser could not draw the picture"))),
         (image.src = url)
       ),
     );
@@ -128,13 +128,13 @@ export function makeSave(model, menu, items, graph, labels, notify, level) {
     type: "file",
     accept: "application/json,.json",
     hidden: true,
-    "aria-label": "A file of labels",
+    "aria-label": "File of labels",
     onchange: async () => {
       try {
         await labels.take(JSON.parse(await file.files[0].text()));
-        notify("Labels taken over");
+        notify("Labels imported");
       } catch (error) {
-        notify(`Labels not taken over: ${error.message}`);
+        notify(`Labels not imported: ${error.message}`);
       }
       file.value = "";
     },
@@ -147,7 +147,7 @@ export function makeSave(model, menu, items, graph, labels, notify, level) {
       download(named("explanation", "json"), JSON.stringify(model.explanation, null, 1), "application/json"),
     ),
     item("Labels as JSON", () => download("labels.json", JSON.stringify(labels.all(), null, 1), "application/json")),
-    item("Read labels…", () => file.click()),
+    item("Import labels…", () => file.click()),
     file,
   );
 }

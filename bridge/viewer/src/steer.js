@@ -1,17 +1,17 @@
-// Steering from the page, when it is served: a node is set to a value, the change patched into the dense model at a strength.
+// Steering from a served page: a node is set to a value, and a fraction of the change is patched into the dense model.
 
 import { h, number, percent, put, running, token } from "./dom.js";
 import { jobOf } from "./model.js";
 
-const unsteered = new Map(); // what the dense model writes without a change, by explanation
+const unsteered = new Map(); // explanation id -> the dense model's continuation without a change
 
-/** A prompt and how it goes on. */
+/** Return a prompt with a continuation of it. */
 const continued = (name, prompt, text) => [
   h("small", {}, name),
   h("pre", {}, running(prompt, true), h("b", {}, running(text, true))),
 ];
 
-/** Ask the server what the dense model does with a node set. Raises Error with its reason. */
+/** Ask the server for the dense model's answer with a node set. Throws an Error with the server's reason if it refuses. */
 async function ask(id, body) {
   const answer = await fetch(`/api/explanations/${encodeURIComponent(id)}/steer`, {
     method: "POST",
@@ -24,7 +24,7 @@ async function ask(id, body) {
   return reply;
 }
 
-/** How the dense model goes on by itself: at strength 0, asked for once; null where the server does not tell. */
+/** Return the dense model's continuation without a change (at strength 0), requested once; null if the request fails. */
 async function plainText(id, body) {
   if (!unsteered.has(id)) {
     const reply = await ask(id, { ...body, strength: 0 }).catch(() => null);
@@ -33,7 +33,7 @@ async function plainText(id, body) {
   return unsteered.get(id) ?? null;
 }
 
-/** The controls for a node. */
+/** Return the controls for a node; null if the page is not served. */
 export function drawSteer(model, node) {
   const id = jobOf(model.data);
   if (!id) return null;
@@ -58,7 +58,7 @@ export function drawSteer(model, node) {
   const result = h("div", { class: "steered", "aria-live": "polite" });
   const [valueRow, value] = range(
     "set to",
-    `The node's value in the sparse model; without a change it is ${number(node.activation)} here.`,
+    `The node's new value in the sparse model; without a change it is ${number(node.activation)} here.`,
     -most,
     most,
     most / 100,
@@ -66,7 +66,7 @@ export function drawSteer(model, node) {
   );
   const [strengthRow, strength] = range(
     "strength",
-    "How much of what this changes in the sparse model is added to the dense one: 0 nothing, 1 all.",
+    "The fraction of the change in the sparse model that is patched into the dense model, from 0 to 1.",
     0,
     1,
     0.05,
@@ -102,8 +102,8 @@ export function drawSteer(model, node) {
             .map((each) => h("span", { class: "chip" }, token(each.token.text), h("small", {}, percent(each.probability)))),
         ),
         continued("steered", explanation.prompt, reply.text ?? ""),
-        own !== null && continued("by itself", explanation.prompt, own),
-        h("p", { class: "stale-note" }, "The sliders have moved since: this is of their earlier places."),
+        own !== null && continued("unsteered", explanation.prompt, own),
+        h("p", { class: "stale-note" }, "The sliders have changed; this is the result for their earlier values."),
       );
     } catch (error) {
       put(result, h("p", { class: "problem" }, `Not steered: ${error.message}`));

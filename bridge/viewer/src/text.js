@@ -1,12 +1,12 @@
-// What a channel does on text: its contexts, the tokens that it promotes, its direction in the dense model.
+// The behaviour of a channel on text: its contexts, the tokens that it promotes, and its direction in the dense model.
 
 import { count, h, number, percent, running, side, signed, token } from "./dom.js";
 
 const BEFORE = 20,
-  AFTER = 14; // letters of a context, more do not fit
-const RUN = / {4,}/g; // spaces that are counted instead of shown
+  AFTER = 14; // numbers of letters of a context that fit
+const RUN = / {4,}/g; // spaces that are shown as their number
 
-/** Text in pieces: a letter each, or a run of spaces. */
+/** Return text as pieces, each a letter or a run of spaces. */
 function unitsOf(text) {
   const units = [];
   let from = 0;
@@ -17,7 +17,7 @@ function unitsOf(text) {
   return [...units, ...text.slice(from)];
 }
 
-/** As running text, long runs of spaces as their number. */
+/** Return pieces as running text, with long runs of spaces as their number. */
 function shortened(units) {
   const out = [];
   let words = "";
@@ -58,10 +58,10 @@ function chips(list, name) {
   return h("p", { class: "chips" }, list.length ? list.map(chip) : h("span", { class: "quiet" }, "none"));
 }
 
-/** Contexts, tokens and the dense direction, from the node's page. */
+/** Return contexts, tokens and the dense direction from the node's page. */
 export function onText(page) {
   const most = Math.max(...[...page.high, ...page.low].map((each) => Math.abs(each.value)), 1e-9);
-  const words = page.tokens === "embedded" ? ["Embedded by, positively", "Embedded by, negatively"] : ["Promotes", "Demotes"];
+  const words = page.tokens === "embedded" ? ["Embeddings that raise it", "Embeddings that lower it"] : ["Promotes", "Demotes"];
   return [
     h(
       "section",
@@ -70,15 +70,15 @@ export function onText(page) {
       h("p", { class: "row-text" }, page.summary),
       page.description && h("p", { class: "row-text" }, page.description),
     ),
-    contexts("Where it is highest", page.high, most),
-    contexts("Where it is lowest", page.low, most),
+    contexts("Contexts of the highest values", page.high, most),
+    contexts("Contexts of the lowest values", page.low, most),
     page.tokens !== "none" &&
       h("section", {}, h("h3", {}, words[0]), chips(page.promotes, "for"), h("h3", {}, words[1]), chips(page.demotes, "against")),
     page.dense && inDense(page.dense),
     h(
       "p",
       { class: "row-text quiet" },
-      `Active at ${percent(page.active)} of the ${count(page.n_tokens)} tokens of text that nodes were collected on; mean there ${signed(page.mean)}, deviation ${number(page.deviation)}.`,
+      `Active at ${percent(page.active)} of the ${count(page.n_tokens)} tokens of text on which node statistics were collected; mean ${signed(page.mean)}, standard deviation ${number(page.deviation)} over this text.`,
     ),
   ];
 }
@@ -94,7 +94,7 @@ function inDense(dense) {
       h("small", {}, `direction of length ${number(dense.length)} at site ${dense.site}, read by ${dense.read_by}`),
     ),
     dense.promotes === null
-      ? h("p", { class: "row-text quiet" }, "The dense model does not say which its output embedding is.")
+      ? h("p", { class: "row-text quiet" }, "Promoted tokens are unknown: the dense model gives no access to its unembedding.")
       : [chips(dense.promotes, "for"), chips(dense.demotes ?? [], "against")],
   );
 }
