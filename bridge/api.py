@@ -14,7 +14,7 @@ from typing import Any, ParamSpec
 
 from bridge.cards.card import Card
 from bridge.cards.suite import CardRequest, run_cards
-from bridge.display.progress import OnProgress, unseen
+from bridge.display.progress import OnProgress, ignore_progress
 from bridge.explanations.build import explain
 from bridge.finetunes.diff import diff
 from bridge.models.bridges import CoupledModels
@@ -85,7 +85,7 @@ class Coupling(CoupledModels):
         """
         found = circuit if circuit is None or isinstance(circuit, TaskResult) else Path(circuit)
         wanted = CardRequest(str(task), found, None)
-        on_progress = progress or unseen
+        on_progress = progress or ignore_progress
         card, _ = next(run_cards(self.subjects, [wanted], seed=seed, seeds=seeds, budget=budget, progress=on_progress))
         assert card is not None  # for a single card, `run_cards` raises any error
         return card

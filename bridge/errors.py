@@ -56,7 +56,7 @@ def first_line(error: Exception) -> str:
 
 
 @contextmanager
-def foreign_errors_as(refusal: type[UserError], what: str, rule: str, remedy: str) -> Iterator[None]:
+def reraise_as(refusal: type[UserError], what: str, rule: str, remedy: str) -> Iterator[None]:
     """A context in which any error but a UserError is raised as a `refusal`, with its reason in brackets after the rule."""
     try:
         yield

@@ -18,10 +18,10 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationIn
 
 from bridge.errors import UserError
 
-MOST_SEED = 2**32 - 1  # the largest seed that numpy accepts
+MAX_SEED = 2**32 - 1  # the largest seed that numpy accepts
 
 
-def not_text(text: str) -> str | None:
+def unencodable_character(text: str) -> str | None:
     """Return the first character that UTF-8 cannot encode (half of a surrogate pair, or an undecoded byte) as code; or None."""
     try:
         text.encode()
@@ -207,7 +207,14 @@ class Optimizer(_Part):
     warmup: float = Field(default=0.01, ge=0, lt=1, description="share of the training in which the rates rise")
 
 
-BRIDGED = ("nmse_encoder", "nmse_decoder", "hybrid_in", "hybrid_out", "hybrid_both", "carried")  # terms that involve the bridges
+BRIDGE_LOSSES = (
+    "nmse_encoder",
+    "nmse_decoder",
+    "hybrid_in",
+    "hybrid_out",
+    "hybrid_both",
+    "carried",
+)  # terms that involve the bridges
 
 
 class Losses(_Part):
@@ -227,11 +234,11 @@ class Losses(_Part):
     @property
     def coupled(self) -> bool:
         """Whether any term involves the bridges."""
-        return any(getattr(self, term) > 0 for term in BRIDGED)
+        return any(getattr(self, term) > 0 for term in BRIDGE_LOSSES)
 
     def without_bridges(self) -> Losses:
         """Return the losses on text and on the dense model's answers only, without any inside either model."""
-        return self.model_copy(update=dict.fromkeys(BRIDGED, 0.0))
+        return self.model_copy(update=dict.fromkeys(BRIDGE_LOSSES, 0.0))
 
     def uncoupled(self) -> Losses:
         """Return the losses of the paper's interpretable-by-construction setting: text only, no dense model."""
@@ -264,7 +271,7 @@ class Recipe(_Part):
     optimizer: Optimizer = Optimizer()
     losses: Losses = Losses()
     refit: Refit = Refit()
-    seed: int = Field(default=0, ge=0, le=MOST_SEED)
+    seed: int = Field(default=0, ge=0, le=MAX_SEED)
 
     @model_validator(mode="after")
     def _useful(self) -> Recipe:
@@ -285,7 +292,7 @@ class Recipe(_Part):
         return self
 
 
-def blocks_of(text: str, depth: int) -> tuple[int, int]:
+def parse_blocks(text: str, depth: int) -> tuple[int, int]:
     """Return the first block of a span, and the block after its last, from a slice of a model's blocks. Raises RecipeError."""
     ends = [int(end) if end else None for end in text.split(":")]
     first, last, _ = slice(*ends).indices(depth)

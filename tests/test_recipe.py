@@ -13,7 +13,7 @@ from pydantic import ValidationError
 
 from bridge import recipe as module
 from bridge.recipe import (
-    BRIDGED,
+    BRIDGE_LOSSES,
     Recipe,
     RecipeError,
     kept_fraction,
@@ -116,7 +116,7 @@ def test_what_is_missing_is_named() -> None:
 
 
 def test_losses_that_are_all_zero_are_refused() -> None:
-    losses = dict.fromkeys(("ce", "kl", *BRIDGED), 0)
+    losses = dict.fromkeys(("ce", "kl", *BRIDGE_LOSSES), 0)
     assert refusal(losses=losses) == "every loss weight is 0; give at least losses.ce a weight above 0"
 
 
@@ -125,7 +125,7 @@ def test_bridges_alone_have_something_to_learn_and_to_learn_it_to() -> None:
     assert "give a coupling's folder as sparse.start" in refusal(**alone)
     there = {**alone, "sparse": {"start": "runs/there"}}
     assert resolve(values(**there)).losses.coupled
-    assert "a weight above 0 to a loss that involves bridges" in refusal(**there, losses=dict.fromkeys(BRIDGED, 0))
+    assert "a weight above 0 to a loss that involves bridges" in refusal(**there, losses=dict.fromkeys(BRIDGE_LOSSES, 0))
     assert "losses.carried has no literal form" in refusal(losses={"carried": 1, "splice": "literal"})
 
 

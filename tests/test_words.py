@@ -30,7 +30,7 @@ PHRASES = {  # in docstrings and other text -> the term
 ALLOWED = {  # names that stay, by file
     "kernels/attention.py": {"work"},  # in kernels work is multiplications, and a node is held where a mask has it
     "kernels/lanes.py": {"held"},
-    "kernels/products.py": {"worth", "work"},  # `worth_it`: whether a kernel pays
+    "kernels/products.py": {"worth", "work"},  # `worth`: whether a kernel pays
     "evidence/carry.py": {"carry"},  # the module's name
     "graph/attention.py": {"moved"},  # a field of an explanation's JSON
     "recipe.py": {"carried", "move", "slopes"},  # fields of a recipe

@@ -13,7 +13,7 @@ from bridge.cards.evidence import TESTS, CardConfig, passes_test
 from bridge.cards.task_circuit import CardError
 from bridge.display.columns import columns
 from bridge.evidence.measures import Report, Verdict, evidence_table
-from bridge.models.store import as_json, refused_unless_read
+from bridge.models.store import as_json, refuse_unreadable
 from bridge.verdicts.null_table import TaskNull
 
 _HOW_TO_READ = (
@@ -52,7 +52,7 @@ class Card:
     @staticmethod
     def from_json(values: dict[str, Any]) -> Card:
         """The card that `to_json` wrote. Raises CardError for anything else."""
-        with refused_unless_read("this", "card", "make it again", CardError):
+        with refuse_unreadable("this", "card", "make it again", CardError):
             return _READER.validate_python(values)
 
 

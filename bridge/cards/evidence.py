@@ -28,7 +28,7 @@ from bridge.cards.task_circuit import CardError, TaskCircuit, followed_rows
 from bridge.circuits.question import spread_indices
 from bridge.data.task_stress import stress_pairs
 from bridge.data.task_tokens import Resolved, TokenPairs, score
-from bridge.display.progress import OnProgress, Phase, unseen
+from bridge.display.progress import OnProgress, Phase, ignore_progress
 from bridge.evidence.carry import Transporter
 from bridge.evidence.controls import matched_nodes
 from bridge.evidence.deletion import Deletions
@@ -135,7 +135,7 @@ def gather_task(
     alter: Callable[[TokenPairs], TokenPairs] = lambda pairs: pairs,
     *,
     seed: int = 0,
-    progress: OnProgress = unseen,
+    progress: OnProgress = ignore_progress,
 ) -> Report:
     """Measure all evidence on a task's circuit. For a null, `alter` changes the answers of all pairs that it is tested on.
 

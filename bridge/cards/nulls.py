@@ -23,7 +23,7 @@ from bridge.cards.evidence import NULLS, CardConfig, card_rules_digest, gather_t
 from bridge.cards.task_circuit import CardError, TaskCircuit
 from bridge.circuits.task_search import NoCircuitError
 from bridge.data.task_tokens import Resolved, TokenPairs, score
-from bridge.display.progress import OnProgress, within
+from bridge.display.progress import OnProgress, with_prefix
 from bridge.models.bridges import CoupledModels
 from bridge.models.store import read_json
 from bridge.studies.result import TaskResult
@@ -88,7 +88,7 @@ class Nulls:
 
     def _test_task(self, name: str, made: Callable[[], Subjects], task: Resolved, progress: OnProgress) -> NullTask:
         """The evidence of a null on a task; if there is no circuit, the reason."""
-        on_progress = within(progress, f"{name}, {task.task}: ")
+        on_progress = with_prefix(progress, f"{name}, {task.task}: ")
 
         def alter(pairs: TokenPairs) -> TokenPairs:
             return random_labels(pairs, self.coupling.dense.vocabulary, self.seed) if name == "labels" else pairs

@@ -17,7 +17,7 @@ which answer is right: for both members of a pair d compares the same two answer
 
 Intervals are over the held-out pairs that stress prompts were made from: all prompts made from one pair are drawn together.
 
-Shape legend: b stress pair (row; in `_differences` a prompt), v vocabulary, k draw (in `bigram_logits` a distinct last token).
+Shape legend: b stress pair (row; in `_predict_pairs` a prompt), v vocabulary, k draw (in `bigram_logits` a distinct last token).
 """
 
 from __future__ import annotations

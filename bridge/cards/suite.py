@@ -18,7 +18,7 @@ from bridge.cards.task_circuit import CardError, TaskCircuit
 from bridge.circuits.task_search import SearchError
 from bridge.data.task_pairs import TaskError, task_names
 from bridge.data.task_tokens import Resolved
-from bridge.display.progress import OnProgress, Phase, within
+from bridge.display.progress import OnProgress, Phase, with_prefix
 from bridge.models.bridges import CoupledModels
 from bridge.models.store import CheckpointError, read_json, write_json
 from bridge.studies.result import TaskResult
@@ -109,7 +109,7 @@ def run_cards(
     cards: list[Card] = []
     for one in wanted:
         where = f"{folder_name(one.task)}: " if len(wanted) > 1 else ""
-        on_progress = within(progress, where)
+        on_progress = with_prefix(progress, where)
         try:
             task = resolved(subjects, one.task)
             result, digest = _load_or_search(subjects, task, one, seed, seeds, budget, on_progress)

@@ -43,7 +43,7 @@ from bridge.circuits.subject import Matrix
 from bridge.huggingface.site_discovery import DenseModelError, forward, probe_tokens
 from bridge.models.circuit import NodeSpace
 from bridge.models.dense import DenseModel
-from bridge.models.dense_run import exclusive
+from bridge.models.dense_run import lock_runs
 from bridge.models.span import dense_of
 from bridge.models.sparse import Gate, Location
 
@@ -51,10 +51,10 @@ _MEAN_ROWS = 8  # corpus rows in a batch
 
 
 class _RecordedMaps(NamedTuple):
-    """Inputs (`taken`) and outputs (`given`) of linear maps on the probe, in the order of their calls."""
+    """Inputs and outputs of linear maps on the probe, in the order of their calls."""
 
-    taken: dict[str, Tensor]
-    given: dict[str, Tensor]
+    inputs: dict[str, Tensor]
+    outputs: dict[str, Tensor]
 
 
 class _Sublayer(NamedTuple):
@@ -105,7 +105,7 @@ class DenseSubject:
         def after(location: Location, _module: nn.Module, _args: tuple, output: Tensor) -> Tensor:
             return gated(location, output)
 
-        with exclusive(), ExitStack() as hooks:
+        with lock_runs(), ExitStack() as hooks:
             for path, location in self._before.items():
                 hooks.enter_context(self._linear[path].register_forward_pre_hook(partial(before, location)))
             for path, location in self._after.items():
@@ -137,20 +137,20 @@ class DenseSubject:
         seen, twice, shape = _RecordedMaps({}, {}), set[str](), (*self._probe_bt.shape, -1)
 
         def watch(path: str, _module: nn.Module, args: tuple, output: Tensor) -> Tensor | None:
-            twice.update({path} & seen.taken.keys())
+            twice.update({path} & seen.inputs.keys())
             if args[0].numel() // args[0].shape[-1] != self._probe_bt.numel():  # called on other tokens than the probe's
                 return None
-            seen.taken[path], seen.given[path] = args[0].reshape(shape).clone(), output.reshape(shape).clone()
+            seen.inputs[path], seen.outputs[path] = args[0].reshape(shape).clone(), output.reshape(shape).clone()
             if path == changed and change is not None:
                 return change(output.reshape(shape)).reshape(output.shape)
             return None
 
-        with exclusive(), ExitStack() as hooks:
+        with lock_runs(), ExitStack() as hooks:
             for path, module in self._linear.items():
                 hooks.enter_context(module.register_forward_hook(partial(watch, path)))
             forward(self.dense.model, self._probe_bt)
         for path in twice:
-            del seen.taken[path], seen.given[path]
+            del seen.inputs[path], seen.outputs[path]
         return seen
 
     def _sublayers(self) -> list[_Sublayer]:
@@ -158,7 +158,7 @@ class DenseSubject:
         found: list[_Sublayer] = []
         for layer, block in enumerate(self.dense.blocks):
             prefix = next(f"{path}." for path, module in self.dense.model.named_modules() if module is block.module)
-            paths = [path for path in seen.taken if path.startswith(prefix)]
+            paths = [path for path in seen.inputs if path.startswith(prefix)]
             every = [path for path in self._linear if path.startswith(prefix)]
             if not paths or len(paths) != len(every):
                 odd = next((path for path in every if path not in paths), "none")
@@ -168,7 +168,11 @@ class DenseSubject:
             for group in self._split(paths, feeds, block.middle is not None):
                 first = tuple(path for path in group if not any(path in feeds[other] for other in group))
                 last = [path for path in group if path not in first]
-                if len(last) != 1 or not first or any(not torch.equal(seen.taken[path], seen.taken[first[0]]) for path in first):
+                if (
+                    len(last) != 1
+                    or not first
+                    or any(not torch.equal(seen.inputs[path], seen.inputs[first[0]]) for path in first)
+                ):
                     names = ", ".join(path.removeprefix(prefix) for path in group)
                     raise self._refuse(layer, f"{names} are not maps that read the same input, followed by one last map")
                 attention = any(self._mixes_positions(path, last[0], seen) for path in first)
@@ -181,9 +185,9 @@ class DenseSubject:
 
     def _maps_fed_by(self, path: str, others: Sequence[str], seen: _RecordedMaps) -> set[str]:
         """Return the other maps whose inputs change when the output of a map is disturbed."""
-        noise = torch.randn(seen.given[path].shape, generator=torch.Generator().manual_seed(0)).to(self.device)
+        noise = torch.randn(seen.outputs[path].shape, generator=torch.Generator().manual_seed(0)).to(self.device)
         now = self._record_maps(path, lambda output: output + (1 + output.std()) * noise.to(output.dtype))
-        return {other for other in others if other != path and not torch.equal(now.taken[other], seen.taken[other])}
+        return {other for other in others if other != path and not torch.equal(now.inputs[other], seen.inputs[other])}
 
     def _split(self, paths: Sequence[str], feeds: Mapping[str, set[str]], sequential: bool) -> list[list[str]]:
         """Return a block's sublayers: the first ends with the map that feeds all later ones; parallel ones are not connected."""
@@ -206,7 +210,7 @@ class DenseSubject:
         """Return whether early positions of a map's output affect later positions of the last map's input."""
         half = self._probe_bt.shape[1] // 2
         now = self._record_maps(path, lambda output: torch.cat([output[:, :half].roll(1, 0) * 2 + 1, output[:, half:]], 1))
-        return not torch.equal(now.taken[last][:, half:], seen.taken[last][:, half:])
+        return not torch.equal(now.inputs[last][:, half:], seen.inputs[last][:, half:])
 
     def _location(self, location: Location, size: int) -> Location:
         if location in self._sizes:
@@ -216,9 +220,9 @@ class DenseSubject:
 
     def _wire_attention(self, sublayer: _Sublayer) -> None:
         seen, layer = self._record_maps(), sublayer.layer
-        taken = seen.taken[sublayer.last]
-        read = self._location(Location(layer, "attn_in"), seen.taken[sublayer.first[0]].shape[-1])
-        value_bj = torch.cat([seen.given[path][:, 0] for path in sublayer.first], -1)
+        taken = seen.inputs[sublayer.last]
+        read = self._location(Location(layer, "attn_in"), seen.inputs[sublayer.first[0]].shape[-1])
+        value_bj = torch.cat([seen.outputs[path][:, 0] for path in sublayer.first], -1)
         off_ij = (taken[:, 0].T[:, None] - value_bj.T[None]).abs().amax(-1)
         off_i, channel_i = off_ij.min(1)
         if not bool((off_i <= 1e-4 * taken[:, 0].abs().max()).all()):
@@ -226,12 +230,12 @@ class DenseSubject:
         start, owners = 0, list[tuple[Location, int, int]]()
         for path in sublayer.first:
             self._before[path] = read
-            end = start + seen.given[path].shape[-1]
+            end = start + seen.outputs[path].shape[-1]
             channels = self._after[path] = self._location(Location(layer, path.rsplit(".", 1)[-1]), end - start)
             owners.append((channels, start, end))
             self._add(path, read, channels)
             start = end
-        write = self._after[sublayer.last] = self._location(Location(layer, "attn_out"), seen.given[sublayer.last].shape[-1])
+        write = self._after[sublayer.last] = self._location(Location(layer, "attn_out"), seen.outputs[sublayer.last].shape[-1])
         weight_ji = _weight(self._linear[sublayer.last])
         target_j = torch.arange(len(weight_ji), device=weight_ji.device)
         for channels, start, end in owners:
@@ -241,13 +245,13 @@ class DenseSubject:
 
     def _wire_mlp(self, sublayer: _Sublayer) -> None:
         seen, layer = self._record_maps(), sublayer.layer
-        read = self._location(Location(layer, "mlp_in"), seen.taken[sublayer.first[0]].shape[-1])
-        neurons = seen.taken[sublayer.last].shape[-1]
+        read = self._location(Location(layer, "mlp_in"), seen.inputs[sublayer.first[0]].shape[-1])
+        neurons = seen.inputs[sublayer.last].shape[-1]
         act = self._before[sublayer.last] = self._location(Location(layer, "mlp_act"), neurons)
-        write = self._after[sublayer.last] = self._location(Location(layer, "mlp_out"), seen.given[sublayer.last].shape[-1])
+        write = self._after[sublayer.last] = self._location(Location(layer, "mlp_out"), seen.outputs[sublayer.last].shape[-1])
         for path in sublayer.first:
             self._before[path] = read
-            if seen.given[path].shape[-1] % neurons:
+            if seen.outputs[path].shape[-1] % neurons:
                 raise self._refuse(layer, f"{path.rsplit('.', 1)[-1]} does not output a whole number of values per neuron")
             self._add(path, read, act)
         self._add(sublayer.last, act, write)

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from bridge.kernels.lanes import LANES
 from bridge.kernels.masked import StoredMatrix
-from bridge.kernels.products import Compact, source_of
+from bridge.kernels.products import SparseMatrix, weight_version
 from bridge.models.circuit import NodeSpace
 from bridge.models.schema import ERROR, HEAD_KINDS, READ_KINDS, WRITE_KINDS
 from bridge.models.sparse import Location, SparseTransformer
@@ -96,7 +96,7 @@ def _stored(sparse: SparseTransformer, name: str, read_n: Tensor, row_m: Tensor,
     """Return the matrix from the nodes read_n to the nodes row_m; only the first `live` of these have a backward pass."""
     weight_mn, bias_m = (sparse.get_parameter(f"{name}.{part}").detach() for part in ("weight", "bias"))
     part_mn = weight_mn[row_m][:, read_n]
-    return StoredMatrix.of(Compact.of(part_mn), bias_m[row_m], Compact.of(part_mn[:live]))
+    return StoredMatrix.of(SparseMatrix.of(part_mn), bias_m[row_m], SparseMatrix.of(part_mn[:live]))
 
 
 @dataclass(frozen=True, eq=False)
@@ -164,7 +164,7 @@ def live_model(
     for at, x in (*means.items(), *(errors or {}).items()):
         if at.kind in READ_KINDS + WRITE_KINDS or (at.kind == ERROR and at.layer < sparse.n_sites):
             also_s |= x.reshape(-1, sparse.width).ne(0).any(0)
-    state = (*map(source_of, sparse.parameters()), also_s.numpy().tobytes())
+    state = (*map(weight_version, sparse.parameters()), also_s.numpy().tobytes())
     if _live_models.get(sparse, (None, None))[0] != state:
         _live_models[sparse] = state, LiveModel(sparse, also_s)
     return _live_models[sparse][1]

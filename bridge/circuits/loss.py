@@ -97,9 +97,9 @@ class CircuitLoss(Generic[M]):
         count = len(masked.question)
         nothing_bf = torch.zeros(count, masked.space.size, dtype=torch.bool, device=model_bv.device)
         self.model_b = masked.question.difference(model_bv, torch.arange(count, device=model_bv.device))
-        self.nothing_b = masked.difference(nothing_bf)
-        self.model, self.nothing = float(self.model_b.mean()), float(self.nothing_b.mean())
-        self.span = self.model - self.nothing  # in nats; what a circuit has to account for
+        self.ablated_b = masked.difference(nothing_bf)
+        self.model, self.ablated = float(self.model_b.mean()), float(self.ablated_b.mean())
+        self.span = self.model - self.ablated  # in nats; what a circuit has to account for
         self.nodes_f = ~masked.is_error_f
         superset_uf = random_sets(np.random.default_rng(config.seed), np.array(config.densities), masked.space.size)
         self.superset_uf = superset_uf.to(model_bv.device) & self.nodes_f
@@ -138,7 +138,7 @@ class CircuitLoss(Generic[M]):
         """Return left_r, the share of the span that remains."""
         row_r = self._in_turn(len(logits_rv), row_r)
         difference_r = self.masked.question.difference(logits_rv, row_r)
-        return (difference_r - self.nothing_b[row_r]) / (self.span if abs(self.span) >= 1e-6 else 1e-6)
+        return (difference_r - self.ablated_b[row_r]) / (self.span if abs(self.span) >= 1e-6 else 1e-6)
 
     def kl(self, logits_rv: Tensor, row_r: Tensor | None = None) -> Tensor:
         """Return kl_r from the model's next-token distribution to the copy's, in nats."""
@@ -151,11 +151,11 @@ class CircuitLoss(Generic[M]):
         return self.miss(logits_rv, row_r) / level.allowed_miss
 
     def prompt_miss(self, logits_rv: Tensor, row_r: Tensor, level: Level) -> Tensor:
-        """Return `bounded`; with several prompts divided by a single one's wider bound, since `bounded` is for their mean."""
+        """Return `relative_miss`; with several prompts divided by the wider bound of a single one, since that is for their mean."""
         return self.relative_miss(logits_rv, level, row_r) / self._prompt_bound(level)
 
     def prompt_penalty(self, logits_rv: Tensor, row_r: Tensor, level: Level) -> Tensor:
-        """Return squared misses of single masked copies, or their KL, as multiples (`signed`) of what the level allows."""
+        """Return squared misses of single masked copies, or their KL, as multiples (`prompt_miss`) of what the level allows."""
         return self._penalty(self.prompt_miss(logits_rv, row_r, level), level)
 
     def excess_left(self, logits_rv: Tensor, row_r: Tensor) -> Tensor:
@@ -210,7 +210,7 @@ class CircuitLoss(Generic[M]):
         return float(self.distance_alone(self.logits(kept_f[None]), level)) <= 1 and self.worst_distance(kept_f, level) <= 1
 
     def superset_bound(self, level: Level) -> float:
-        """Return the bound on the mean of `squared` in supersets."""
+        """Return the bound on the mean of `prompt_penalty` in supersets."""
         return 2 if level.faithfulness is None else (_SUPERSET_RMS_FACTOR * self.config.superset_mean) ** 2
 
     def _prompt_bound(self, level: Level) -> float:
@@ -227,7 +227,7 @@ class CircuitLoss(Generic[M]):
         return torch.maximum(x_cb.mean(1).abs(), x_cb.square().mean(1).sqrt() / self.config.superset_rms)
 
     def _distance_in_supersets(self, x_ub: Tensor, level: Level) -> float:
-        """Return the distance (as in `_off`) of one circuit's supersets, for the bound that is missed most."""
+        """Return the distance (as in `_distance`) of one circuit's supersets, for the bound that is missed most."""
         if level.faithfulness is None:
             return float(x_ub.mean()) / 2
         off_u, config = self._distance(x_ub, level), self.config

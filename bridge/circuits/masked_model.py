@@ -29,7 +29,7 @@ from bridge.circuits.error_nodes import error_locations
 from bridge.circuits.masked_pass import MaskedPass, supports_model
 from bridge.circuits.question import Question
 from bridge.kernels.cpu import tokens_contiguous
-from bridge.kernels.products import tokens_inside
+from bridge.kernels.products import tokens_innermost
 from bridge.kernels.top_k import choose
 from bridge.models.circuit import NodeSpace, check_means
 from bridge.models.residual import Enter, Trace
@@ -78,7 +78,7 @@ class Masked(ABC):
     @cached_property
     def is_error_f(self) -> Tensor:
         """Mask of the entries of a row that are errors."""
-        return self.space.by_location(at.kind == ERROR for at in self.space.sizes).to(self.device)
+        return self.space.repeat_by_location(at.kind == ERROR for at in self.space.sizes).to(self.device)
 
     def gates(self, kept_rf: Tensor, row_r: Tensor | None = None) -> tuple[Gate, Gate]:
         """Return the gate and the correction that make the model the masked copies; without errors nothing is corrected."""
@@ -93,7 +93,7 @@ class Masked(ABC):
             kept_rtn = kept(location, x_rtn)
             if kept_rtn.dtype == torch.bool:
                 return choose(kept_rtn.expand(-1, x_rtn.shape[1], -1), x_rtn, self.means[location])
-            kept_rtn = tokens_inside(kept_rtn) if tokens_contiguous(x_rtn) else kept_rtn
+            kept_rtn = tokens_innermost(kept_rtn) if tokens_contiguous(x_rtn) else kept_rtn
             return torch.lerp(self.means[location].to(x_rtn.dtype), x_rtn, kept_rtn)
 
         def correct(location: Location, x_rts: Tensor) -> Tensor:
@@ -168,7 +168,7 @@ class Masked(ABC):
 class MaskedModel(Masked):
     """The sparse model on a question's prompts, with masks over its nodes and, if they are given, its errors.
 
-    errors are those of the question's prompts (`error_nodes.follow`); means must then include the errors' means.
+    errors are those of the question's prompts (`error_nodes.follow_dense`); means must then include the errors' means.
     """
 
     def __init__(
@@ -198,7 +198,9 @@ class MaskedModel(Masked):
     @cached_property
     def site_f(self) -> Tensor:
         """Site that a node's sublayer reads, on the CPU; for an error the site before, after whose sublayer it is added."""
-        return self.space.by_location(at.layer - 1 if at.kind == ERROR else self.sparse.site(at) for at in self.space.sizes)
+        return self.space.repeat_by_location(
+            at.layer - 1 if at.kind == ERROR else self.sparse.site(at) for at in self.space.sizes
+        )
 
     # -- runs -----------------------------------------------------------------------------------------------------------
 
@@ -229,7 +231,7 @@ class MaskedModel(Masked):
     ) -> Iterator[tuple[Tensor, Trace]]:
         """Yield (some_k, trace) of narrow runs without the sets some_k, each from its first node's sublayer on, batch by batch.
 
-        whole is the run of the full mask; with `beside` it is repeated as the first row of each batch.
+        whole is the run of the full mask; with `with_reference` it is repeated as the first row of each batch.
         """
         site_k = torch.tensor([int(self.site_f[node_s.cpu()].min()) if node_s.numel() else 0 for node_s in sets])
         for some_k in self.batches(site_k, self.sparse.narrow_from):

@@ -27,7 +27,7 @@ from torch import Tensor
 from bridge.circuits.live_nodes import KernelLocation, Sublayer, kernel_locations, live_model, sublayers
 from bridge.circuits.question import Question
 from bridge.kernels import attention, masked
-from bridge.kernels.masked import Lanes, Room
+from bridge.kernels.masked import ArrayPool, Lanes
 from bridge.models.circuit import NodeSpace
 from bridge.models.residual import EMBEDDING, Enter, Trace
 from bridge.models.sparse import ERROR, Location, SparseTransformer
@@ -64,11 +64,11 @@ class _AllGradients:
 
     def nodes(self, at: KernelLocation, lanes: Lanes, dy: Array, change: Array, through: Array) -> None:
         """Collect the mask gradients of a location's nodes, and turn dy into dpre."""
-        masked.nodes_back(dy, change, through, lanes.places(at.size), at.first, at.channel_n, self.flat)
+        masked.apply_masks_backward(dy, change, through, lanes.mask_indices(at.size), at.first, at.channel_n, self.flat)
 
     def error(self, at: KernelLocation, lanes: Lanes, dx: Array, *what: Array) -> None:
         """Collect the mask gradients of a site's errors."""
-        masked.add_error_back(dx, lanes.places(1), at.first, *what, self.flat)
+        masked.add_error_back(dx, lanes.mask_indices(1), at.first, *what, self.flat)
 
 
 class _SelectedGradients:
@@ -85,7 +85,7 @@ class _SelectedGradients:
         if at.first in self.parts:
             here_k, token_k, channel_k = self.parts[at.first]
             gradient_kr = np.empty((len(here_k), len(self.gradient_rk)), np.float32)
-            masked.some_nodes(dy, change, channel_k, token_k, not lanes.by_position, lanes.lane_rt, gradient_kr)
+            masked.mask_gradients_of_nodes(dy, change, channel_k, token_k, not lanes.by_position, lanes.lane_rt, gradient_kr)
             self.gradient_rk[:, here_k] = gradient_kr.T
         dy *= through
 
@@ -117,7 +117,7 @@ class MaskedPass:
         self.embedded_bts = sparse.embed(question.prompt_bt)[..., live.stream_s].numpy()
         self.at = kernel_locations(live, space, means, errors)
         self.sublayers = sublayers(sparse, live, self.at)
-        self.rooms, self.brief = [Room() for _ in range(_TILES)], Room()
+        self.rooms, self.brief = [ArrayPool() for _ in range(_TILES)], ArrayPool()
         self.known_lanes: dict[bytes, tuple[Lanes, Lanes]] = {}
         self.asked: Tensor | None = None  # the last node_k and its parts, since a descent asks for the same often
         self.asked_parts: dict[int, tuple[Array, Array, Array]] = {}
@@ -187,7 +187,7 @@ class MaskedPass:
 
     def live_parts(self, node_k: Tensor) -> Iterator[tuple[int, tuple[Array, Array, Array]]]:
         """Yield, by a location's first entry: the indices k of live entries, their tokens, and their indices among live nodes."""
-        for at, here_k, place_k in self.space.places(node_k):
+        for at, here_k, place_k in self.space.indices_by_location(node_k):
             token_k, channel_k = divmod(place_k.numpy(), self.space.sizes[at])
             if at in self.live.nodes:
                 channel_k = self.live.nodes[at].place_c.numpy()[channel_k]
@@ -222,7 +222,7 @@ class _Tile:
         of: MaskedPass,
         mask: Array,
         prompt_r: Array,
-        room: Room,
+        room: ArrayPool,
         keep: bool,
         begin: int = EMBEDDING,
         x_rts: Tensor | None = None,
@@ -340,7 +340,7 @@ class _Tile:
             return
         token_l = lanes.token_l if site < self.of.sparse.n_sites else np.zeros_like(lanes.token_l)  # logits: one row per prompt
         what = at.excess_bts, lanes.prompt_l, token_l
-        masked.add_error(x, self.mask, lanes.places(1), at.first, at.mean_n, *what)
+        masked.add_error(x, self.mask, lanes.mask_indices(1), at.first, at.mean_n, *what)
 
         def back(dx: Array, dmask: _AllGradients | _SelectedGradients) -> Array:
             dmask.error(at, lanes, dx, *what)
@@ -354,8 +354,8 @@ class _Tile:
         """Return masked nodes (lost after the sublayer unless lasting) and dy -> dpre; `change` holds values before AbsTopK."""
         shape = len(at.channel_n), change.shape[1]
         through, y = self.room.take(*shape), (self.room if lasting else self.brief).take(*shape)
-        where, kept = (self.mask, lanes.places(at.size), at.first, at.channel_n), at.kept
-        masked.nodes(change, kept, *where, at.mean_n, self.of.active, through, y, at.near)
+        where, kept = (self.mask, lanes.mask_indices(at.size), at.first, at.channel_n), at.kept
+        masked.apply_masks(change, kept, *where, at.mean_n, self.of.active, through, y, at.near)
 
         def back(dy: Array, dmask: _AllGradients | _SelectedGradients) -> Array:
             dmask.nodes(at, lanes, dy, change, through)
@@ -416,7 +416,7 @@ class _Tile:
         return narrow
 
 
-def _copied(x: Array, room: Room) -> Array:
+def _copied(x: Array, room: ArrayPool) -> Array:
     y = room.take(*x.shape)
     y[:] = x
     return y

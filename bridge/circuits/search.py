@@ -42,7 +42,7 @@ from bridge.circuits.deletion_order import deletion_order
 from bridge.circuits.loss import CircuitLoss, Level, random_sets
 from bridge.circuits.masked_model import integrated_gradients
 from bridge.circuits.necessity import backup_nodes
-from bridge.display.progress import OnProgress, Phase, unseen
+from bridge.display.progress import OnProgress, Phase, ignore_progress
 
 _ADAM_BETAS = 0.7, 0.95
 _TAU_RANGE = -4.0, 1.0  # range of tau: the steps can bring any node above or below 0
@@ -71,7 +71,7 @@ class NestedMasks:
 
     levels: tuple[Level, ...]
     level_f: Tensor
-    off: tuple[float, ...]
+    distances: tuple[float, ...]
 
     def kept(self, place: int) -> Tensor:
         """Return kept_f of the circuit at a level, by the level's index."""
@@ -80,7 +80,7 @@ class NestedMasks:
 
 def find_nested(
     loss: CircuitLoss,
-    progress: OnProgress = unseen,
+    progress: OnProgress = ignore_progress,
     train: CircuitLoss | None = None,
     levels: Sequence[Level] | None = None,
     opened_f: Tensor | None = None,
@@ -99,7 +99,7 @@ class _Search:
         self.loss, self.config, self.masked, self.train, self.progress = loss, loss.config, loss.masked, train, progress
         self.generator, self.draws = torch.Generator().manual_seed(self.config.seed + 17), np.random.default_rng(self.config.seed)
         # supersets, and for a task prompts, that additions do not see
-        self.others = self.train.with_seed(self.config.seed + 1)
+        self.unseen_loss = self.train.with_seed(self.config.seed + 1)
         self.nodes_f = loss.nodes_f
 
     def run(self, opened_f: Tensor | None) -> NestedMasks:
@@ -198,14 +198,14 @@ class _Search:
         size_f = torch.where(self.nodes_f & ~core_f, score_f.abs(), 0)
         node_k = size_f.topk(min(_MAX_CANDIDATES, int(size_f.count_nonzero()))).indices
         several = len(self.train.model_b) > 1
-        met = _TARGET_TERM_SEVERAL * _TARGET_FACTOR_PER_ATTEMPT**attempt if several else _TARGET_TERM
+        target_term = _TARGET_TERM_SEVERAL * _TARGET_FACTOR_PER_ATTEMPT**attempt if several else _TARGET_TERM
         if several and attempt > 0:
             tau_k, steps = tau_f[node_k], steps // 2
         else:
             start = min(4**attempt * self._start_size(core_f, node_k, level), len(node_k))
             rank_k = torch.arange(len(node_k), device=node_k.device)
             tau_k, size_weight = (_TAU_SPREAD * ((start + 1) / (rank_k + 1)).log()).clamp(*_TAU_RANGE), _LAMBDA_START
-        mean_k, square_k, off = torch.zeros_like(tau_k), torch.zeros_like(tau_k), 0.0
+        mean_k, square_k, mean_term = torch.zeros_like(tau_k), torch.zeros_like(tau_k), 0.0
         prompts, zero_1 = min(self.config.prompts, len(self.train.model_b)), torch.zeros(1, dtype=torch.long)
         kept_rpf = core_f.repeat(2 + count, prompts, 1)
         for step in range(steps):
@@ -229,12 +229,18 @@ class _Search:
             in_supersets_upk = torch.where(superset_upf[..., node_k] & ~kept_k, 0, gradient_rpk[1 : 1 + count])
             # a node that is kept is missing from the complement, hence the minus
             gradient_k = (gradient_rpk[0].mean(0) + in_supersets_upk.mean((0, 1)) - gradient_rpk[-1].mean(0)) / 2
-            now = max(float(term_rp[0].mean()), float(term_rp[1 : 1 + count].mean()))
-            off = now if step == 0 or not several else _TERM_SMOOTHING * off + (1 - _TERM_SMOOTHING) * now
+            step_term = max(float(term_rp[0].mean()), float(term_rp[1 : 1 + count].mean()))
+            mean_term = step_term if step == 0 or not several else _TERM_SMOOTHING * mean_term + (1 - _TERM_SMOOTHING) * step_term
             if several:
-                size_weight *= _LAMBDA_RISE_SEVERAL if off < met else _LAMBDA_FALL_SEVERAL
+                size_weight *= _LAMBDA_RISE_SEVERAL if mean_term < target_term else _LAMBDA_FALL_SEVERAL
             else:
-                size_weight *= _LAMBDA_FAST_RISE if off < _FAST_RISE_TERM else _LAMBDA_RISE if off < met else _LAMBDA_FALL
+                size_weight *= (
+                    _LAMBDA_FAST_RISE
+                    if mean_term < _FAST_RISE_TERM
+                    else _LAMBDA_RISE
+                    if mean_term < target_term
+                    else _LAMBDA_FALL
+                )
             size_weight = min(max(size_weight, _LAMBDA_RANGE[0]), _LAMBDA_RANGE[1])
             sigmoid_k = torch.sigmoid(2 * tau_k)
             gradient_k = gradient_k * 4 * sigmoid_k * (1 - sigmoid_k) + size_weight
@@ -299,7 +305,7 @@ class _Search:
         In the supersets, and for a task on the prompts, that additions do not see, the circuit may not be further off than now or
         than the level allows. If `necessary`, its deletion may not leave more of the span than now or than `config.left`.
         """
-        loss, others = self.loss, self.others
+        loss, others = self.loss, self.unseen_loss
         node_k = (kept_f & ~core_f).nonzero().flatten()
         off, left = (
             max(1.0, others.worst_distance(kept_f, level)),

@@ -29,7 +29,7 @@ from bridge.circuits.question import Question, spread_indices
 from bridge.circuits.search import NestedMasks, find_nested
 from bridge.circuits.subject import sort_pairs
 from bridge.data.task_tokens import Resolved, TokenPairs
-from bridge.display.progress import OnProgress, unseen
+from bridge.display.progress import OnProgress, ignore_progress
 from bridge.errors import UserError
 from bridge.models.bridges import CoupledModels
 from bridge.models.sparse import Location
@@ -55,13 +55,13 @@ class TaskLosses:
     validation: CircuitLoss
     test: CircuitLoss
 
-    def find_opening_circuit(self, progress: OnProgress = unseen, seed: int | None = None) -> NestedMasks:
+    def find_opening_circuit(self, progress: OnProgress = ignore_progress, seed: int | None = None) -> NestedMasks:
         """Find the circuit at the opening level alone, with the seed given, by default the config's."""
         seed = self.validation.config.seed if seed is None else seed
         train, validation = (one.with_seed(seed) for one in (self.train, self.validation))
         return find_nested(validation, progress, train, (Level(validation.config.opens_at),))
 
-    def find_nested_circuits(self, progress: OnProgress = unseen, opened_f: Tensor | None = None) -> NestedMasks:
+    def find_nested_circuits(self, progress: OnProgress = ignore_progress, opened_f: Tensor | None = None) -> NestedMasks:
         """Find the nested circuits, around the opening one if it is given; without the full distribution."""
         return find_nested(self.validation, progress, self.train, self.validation.config.nested()[:-1], opened_f)
 

@@ -15,7 +15,7 @@ import typer
 from typer.core import TyperCommand, TyperGroup
 
 from bridge.errors import OneLineError, RunError, UserError
-from bridge.recipe import MOST_SEED, RecipeError
+from bridge.recipe import MAX_SEED, RecipeError
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -38,7 +38,7 @@ Device = Annotated[str, typer.Option(help="Device: auto, cpu or cuda.")]
 
 def seed_option(what: str) -> Any:
     """The option --seed of a command, with `what` as its help."""
-    return typer.Option(help=what, min=0, max=MOST_SEED)
+    return typer.Option(help=what, min=0, max=MAX_SEED)
 
 
 class RepeatedOptionsCommand(TyperCommand):
@@ -117,15 +117,15 @@ def check_outputs(folder: Path | None = None, *, read: Iterable[str | Path | Non
 
     A file that two options name, or that the command reads, is refused too.
     """
-    from bridge.models.store import CheckpointError, check_folder, check_target
+    from bridge.models.store import CheckpointError, check_writable_file, check_writable_folder
 
     if folder is not None:
-        check_folder(folder)
+        check_writable_folder(folder)
     taken = {Path(file).resolve(): "an input" for file in read if file is not None and Path(file).is_file()}
     for name, file in files.items():
         if file is None:
             continue
-        check_target(file, name)
+        check_writable_file(file, name)
         if file.exists() and not file.is_file():
             continue  # a pipe or a device may be written to twice
         if (other := taken.setdefault(file.resolve(), f"--{name}")) != f"--{name}":

@@ -294,14 +294,14 @@ def steer(
     from bridge.steering.curves import STRENGTHS, check_strengths
     from bridge.steering.curves import steer as steer_prompt
     from bridge.steering.figure import render_steering, steering_plot
-    from bridge.steering.interventions import chosen_interventions
+    from bridge.steering.interventions import collect_interventions
 
     check_strengths(strength or STRENGTHS)
     console.check_outputs(svg=svg, json=json, read=[explanation])
     coupling = console.open_coupling(bridge, dense, device)
     if chat:
         prompt, counterfactual = console.as_chat(coupling, prompt), console.as_chat(coupling, counterfactual)
-    text, interventions = chosen_interventions(coupling, prompt, node or [], circuit, explanation)
+    text, interventions = collect_interventions(coupling, prompt, node or [], circuit, explanation)
     steering = steer_prompt(
         coupling, text, interventions, counterfactual=counterfactual, target=target, contrast=contrast,
         strengths=strength or STRENGTHS, site=site, tokens=tokens, draws=draws, seed=seed,

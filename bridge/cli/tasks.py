@@ -118,11 +118,11 @@ def nulls(
 ) -> None:
     """Run the nulls of a coupling, which must fail the whole evidence, and keep them with it; on tasks this is resumable."""
     from bridge.cards.suite import run_nulls
-    from bridge.models.store import check_folder
+    from bridge.models.store import check_writable_folder
     from bridge.studies.search import Subjects
 
     if against is not None and not (against / "coupling.json").is_file():
-        check_folder(against, "against")
+        check_writable_folder(against, "against")
     coupling, watch = console.open_coupling(bridge, dense, device), SearchProgress()
     uncoupled = against or Path("runs") / f"{Path(bridge).resolve().name}-uncoupled"
     if prompts:

@@ -38,7 +38,7 @@ from bridge.data.records import (
     piece,
     suffix_of,
 )
-from bridge.errors import foreign_errors_as
+from bridge.errors import reraise_as
 
 MAX_DOCUMENT_BYTES = 200_000  # longer source files are tables of data, not code
 SUFFIXES = (*TEXT_SUFFIXES, *RECORD_SUFFIXES)
@@ -189,7 +189,7 @@ def _saved(path: Path) -> Corpus:
     from datasets import DatasetDict, load_from_disk
 
     where, remedy = str(path), "save it again"
-    with foreign_errors_as(DataError, f"data {where!r}", "is a saved data set that cannot be loaded", remedy):
+    with reraise_as(DataError, f"data {where!r}", "is a saved data set that cannot be loaded", remedy):
         found = load_from_disk(where)
     splits = {str(name): table for name, table in found.items()} if isinstance(found, DatasetDict) else {"train": found}
     chosen = _to_train_on(splits, where, "the folder of one")
@@ -204,7 +204,7 @@ def _saved(path: Path) -> Corpus:
 
 
 def _row_pieces(rows: Iterable[Any], where: str, problem: str, remedy: str) -> Iterator[Piece]:
-    with foreign_errors_as(DataError, f"data {where!r}", problem, remedy):
+    with reraise_as(DataError, f"data {where!r}", problem, remedy):
         for row in rows:
             yield piece(row, where)
 
@@ -228,7 +228,7 @@ def _resolved(path: Path, configuration: str | None, where: str, card: dict[str,
     from datasets import get_dataset_config_names, get_dataset_default_config_name, load_dataset_builder
 
     here, what = str(path.resolve()), f"data {where!r}"
-    unresolved = foreign_errors_as(DataError, what, "is a data set that cannot be resolved", "name its data files")
+    unresolved = reraise_as(DataError, what, "is a data set that cannot be resolved", "name its data files")
     with unresolved, tempfile.TemporaryDirectory() as nowhere:  # leaves the user's cache alone
         try:
             names = get_dataset_config_names(here)
@@ -265,7 +265,7 @@ def _streamed(source: str) -> list[Callable[[], Iterator[Piece]]]:
 
     name, _, configuration = source.partition(":")
     problem, remedy = "is no file here, nor could the hub stream it", "name another"
-    with foreign_errors_as(DataError, f"data {source!r}", problem, remedy):
+    with reraise_as(DataError, f"data {source!r}", problem, remedy):
         table = load_dataset(name, configuration or None, split="train", streaming=True)
         shards = [table.shard(table.num_shards, index) for index in range(table.num_shards)]
     return [partial(_row_pieces, shard, source, problem, remedy) for shard in shards]

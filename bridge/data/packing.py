@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from bridge.data.records import DataError, Piece
-from bridge.errors import foreign_errors_as
+from bridge.errors import reraise_as
 from bridge.huggingface.prompts import Prompts
 
 if TYPE_CHECKING:
@@ -164,7 +164,7 @@ def _written_out(chat: tuple[list[dict[str, Any]], str], tokenizer: PreTrainedTo
     messages, where = chat
     if not tokenizer.chat_template:
         raise DataError(f"data {where!r}", "is chat, and the model's tokenizer has no chat template", "give it as text")
-    with foreign_errors_as(DataError, f"data {where!r}", "holds a chat that the tokenizer's template refuses", "leave it out"):
+    with reraise_as(DataError, f"data {where!r}", "holds a chat that the tokenizer's template refuses", "leave it out"):
         return str(tokenizer.apply_chat_template(messages, tokenize=False))
 
 

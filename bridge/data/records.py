@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from bridge.errors import UserError, first_line
-from bridge.recipe import not_text
+from bridge.recipe import unencodable_character
 
 TEXT_SUFFIXES = (".txt", ".md", ".rst", ".py")
 COLUMN_SUFFIXES = (".parquet", ".arrow")
@@ -208,7 +208,7 @@ def _no_column(found: Iterable[Any], where: str) -> DataError:
 
 
 def _checked(text: str, where: str) -> str:
-    if wrong := not_text(text):
+    if wrong := unencodable_character(text):
         raise DataError(f"data {where!r}", f"holds {wrong}, which is no character of UTF-8 text", "write it again without")
     return text
 

@@ -24,7 +24,7 @@ from bridge.data.task_templates import EARLIER, LATER, NAMES, POOLS, Templates
 from bridge.data.tasks_english import ENGLISH
 from bridge.data.tasks_python import PYTHON
 from bridge.errors import UserError
-from bridge.recipe import not_text
+from bridge.recipe import unencodable_character
 
 Split = Literal["train", "validation", "test"]
 SPLITS: tuple[Split, ...] = ("train", "validation", "test")
@@ -348,7 +348,7 @@ def _text(value: Any, key: str, where: str) -> str:
         raise TaskError(f"{where}: {key}", f"has {_short(value)}, which is not text", "put it in quotes")
     if not value:
         raise TaskError(f"{where}: {key}", "has an empty text", "write what it is")
-    if wrong := not_text(value):
+    if wrong := unencodable_character(value):
         raise TaskError(f"{where}: {key}", f"holds {wrong}, which is no character of UTF-8 text", "write the whole character")
     return value
 

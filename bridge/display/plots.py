@@ -24,7 +24,7 @@ def can_plot() -> bool:
     return find_spec("matplotlib") is not None
 
 
-def draw(panels: int, size: tuple[float, float], paint: Callable[[Any, Sequence[Any]], None]) -> Any:
+def draw_figure(panels: int, size: tuple[float, float], paint: Callable[[Any, Sequence[Any]], None]) -> Any:
     """Return a figure of panels side by side (size in inches), painted by `paint`. Raises UserError without matplotlib."""
     if not can_plot():
         raise UserError("a plot", "needs matplotlib, which is not installed", "run pip install 'bridge[plots]'")

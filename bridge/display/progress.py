@@ -23,10 +23,10 @@ class Phase:
 OnProgress = Callable[[Phase], None]
 
 
-def unseen(phase: Phase) -> None:
+def ignore_progress(phase: Phase) -> None:
     """Show nothing."""
 
 
-def within(on_progress: OnProgress, name: str) -> OnProgress:
+def with_prefix(on_progress: OnProgress, name: str) -> OnProgress:
     """Return a callback for a part of a computation; it puts `name` before the names of the part's phases."""
     return lambda phase: on_progress(replace(phase, name=f"{name}{phase.name}"))

@@ -32,7 +32,7 @@ from bridge.circuits.loss import CircuitLoss
 from bridge.circuits.masked_model import MaskedModel
 from bridge.models.bridges import CoupledModels
 from bridge.models.residual import Enter, Trace
-from bridge.models.transport import decoded
+from bridge.models.transport import decode_changes
 
 _MAX_BATCH_LOGITS, _MAX_BATCH_ROWS = 2**23, 256  # maxima for one batch of dense runs
 _MIN_COPIES = 8  # minimum number of masked copies of a prompt in a batch; one of them is the reference
@@ -123,7 +123,7 @@ class Transporter:
             some = slice(first, first + _MAX_BATCH_ROWS)
             site_r = torch.tensor(site_k[some])
             change_rts = torch.stack([pad(x_ts, (0, 0, length - len(x_ts), 0)) for x_ts in change_k[some]])
-            lost.append(self.lost_by(torch.tensor(row_k[some]), site_r, decoded(self.coupling, site_r, change_rts)))
+            lost.append(self.lost_by(torch.tensor(row_k[some]), site_r, decode_changes(self.coupling, site_r, change_rts)))
         return torch.cat(lost)
 
     @torch.no_grad()

@@ -95,7 +95,9 @@ def circuits_of_other_prompts(
         question = Question.of_prompt(tokens_t, int(followed.dense_bv[0].argmax()))
         there = MaskedModel(masked.sparse, question, masked.means, followed.errors)
         score_f = integrated_gradients(
-            there, lambda mask_rf, there=there: there.gradient(mask_rf, there.question.difference)[0], ~there.is_error_f
+            there,
+            lambda mask_rf, other_masked=there: other_masked.gradient(mask_rf, other_masked.question.difference)[0],
+            ~there.is_error_f,
         )
         other_f[score_f.abs().topk(count).indices] = True
     return other_cf

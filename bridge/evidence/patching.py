@@ -41,7 +41,7 @@ from bridge.evidence.carry import Transporter
 from bridge.evidence.controls import node_values
 from bridge.evidence.measures import Control, Criterion, Measure, Point
 from bridge.models.sparse import Gate, Location
-from bridge.models.transport import decoded
+from bridge.models.transport import decode_changes
 
 LEAST_EFFECT = 0.2  # nats; shares of a smaller effect mean nothing
 ROTATIONS, QUANTILE, OTHER_PAIRS = 100, 0.99, 20
@@ -75,14 +75,16 @@ def patch_circuits(transporter: Transporter, counterfactual: Counterfactual, cir
             f"the counterfactual has {counterfactual.prompt_bt.shape[1]} tokens and the prompt {masked.n_tokens}; "
             "give a counterfactual of the same length, because equal positions are patched"
         )
-    asked = replace(question, prompt_bt=counterfactual.prompt_bt)
+    counterfactual_question = replace(question, prompt_bt=counterfactual.prompt_bt)
     errors = None if masked.errors is None else counterfactual.followed.errors
-    there = MaskedModel(masked.sparse, asked, masked.means, errors, by_position=masked.space.n_tokens > 1)
+    counterfactual_masked = MaskedModel(
+        masked.sparse, counterfactual_question, masked.means, errors, by_position=masked.space.n_tokens > 1
+    )
     found: list[list[Changes]] = [[] for _ in circuit_cf]
     for row_p in torch.arange(transporter.prompts).split(masked.rows_per_batch):
         kept_pf = transporter.reference_f.expand(len(row_p), -1)
-        own, other = masked.gates(kept_pf, row_p)[1], there.gates(kept_pf, row_p)[1]
-        values = node_values(there, transporter.reference_f, row_p)
+        own, other = masked.gates(kept_pf, row_p)[1], counterfactual_masked.gates(kept_pf, row_p)[1]
+        values = node_values(counterfactual_masked, transporter.reference_f, row_p)
         run = partial(masked.sparse.run, question.prompt_bt[row_p], last_only=True)
         plain = run(correct=own)
         for into, circuit_f in zip(found, circuit_cf, strict=True):
@@ -194,7 +196,7 @@ def _share_of(transporter: Transporter, effect_b: Tensor, row_k: Tensor, site_k:
 def _decoded(transporter: Transporter, changes: Changes, row_k: Tensor, site_k: Tensor) -> Tensor:
     """Return change_ktd of the dense residual for each item."""
     rows = zip(row_k.tolist(), site_k.tolist(), strict=True)
-    return decoded(transporter.coupling, site_k, torch.stack([changes[site][row] for row, site in rows]))
+    return decode_changes(transporter.coupling, site_k, torch.stack([changes[site][row] for row, site in rows]))
 
 
 def rotated_shares(
@@ -219,14 +221,14 @@ def other_pair_shares(
     found, last_b = [], transporter.masked.question.last_b.cpu()
     for draw in range(draws):
         row_k, site_k = _draw_items(transporter, draw)
-        given_b = torch.full_like(last_b, -1)
+        donor_b = torch.full_like(last_b, -1)
         for last in last_b.unique():
-            here_k = (last_b == last).nonzero().flatten()
-            if len(here_k) > 1:  # rolled by one, so no prompt gets its own change
-                here_k = here_k[torch.randperm(len(here_k), generator=generator)]
-                given_b[here_k] = here_k.roll(1)
-        dealt_k = given_b[row_k] >= 0
+            same_length_k = (last_b == last).nonzero().flatten()
+            if len(same_length_k) > 1:  # rolled by one, so no prompt gets its own change
+                same_length_k = same_length_k[torch.randperm(len(same_length_k), generator=generator)]
+                donor_b[same_length_k] = same_length_k.roll(1)
+        dealt_k = donor_b[row_k] >= 0
         if bool(dealt_k.any()):
             row_k, site_k = row_k[dealt_k], site_k[dealt_k]
-            found.append(_share_of(transporter, effect_b, row_k, site_k, _decoded(transporter, changes, given_b[row_k], site_k)))
+            found.append(_share_of(transporter, effect_b, row_k, site_k, _decoded(transporter, changes, donor_b[row_k], site_k)))
     return found

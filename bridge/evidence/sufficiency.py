@@ -83,7 +83,7 @@ def measure_nested(loss: CircuitLoss, nested: NestedMasks, seed: int = 0) -> tup
             _SUPERSETS if place < len(nested.levels) - _N_LARGE_CIRCUITS or place == loss.config.opening else _SUPERSETS_OF_LARGE
         )
         superset_uf = superset_draws(loss, draws, seed + place)
-        within = nested.off[place] <= 1
+        within = nested.distances[place] <= 1
         measured.append(measure_circuit(loss, nested.kept(place), superset_uf, level.faithfulness, None, within))
     return tuple(measured)
 

@@ -31,7 +31,7 @@ from bridge.circuits.loss import CircuitLoss, SearchConfig
 from bridge.circuits.masked_model import MaskedModel
 from bridge.circuits.question import Question
 from bridge.circuits.search import NestedMasks, find_nested
-from bridge.display.progress import OnProgress, Phase, unseen
+from bridge.display.progress import OnProgress, Phase, ignore_progress
 from bridge.evidence.patching import Counterfactual
 from bridge.evidence.sufficiency import measure_nested
 from bridge.explanations.explanation import ExplainError, Explanation
@@ -94,7 +94,7 @@ def explain(
     coupling. progress receives the phases, stage the partial results: an Answered, then a Drawn. Either callback may raise to
     stop. Raises PromptError or ExplainError.
     """
-    on_progress, on_stage = progress or unseen, stage or (lambda _: None)
+    on_progress, on_stage = progress or ignore_progress, stage or (lambda _: None)
     config = replace(config or SearchConfig(), seed=seed)
     reference_bt = coupling.reference_bt if reference_bt is None else reference_bt
     if reference_bt is None or not reference_bt.numel():
@@ -217,7 +217,7 @@ def _answer_question(coupling: CoupledModels, prompt: str, loss: CircuitLoss) ->
         sparse=top_answers(prompts, sparse_v),
         dense_d=loss.model,
         sparse_d=float(question.difference(sparse_v[None])),
-        nothing_d=loss.nothing,
+        nothing_d=loss.ablated,
     )
 
 

@@ -19,8 +19,8 @@ from bridge.errors import UserError
 from bridge.explanations.parts import Explained
 from bridge.explanations.text import render_html, render_text
 from bridge.models.bridges import CoupledModels
-from bridge.models.schema import ERROR, KINDS
-from bridge.models.store import CheckpointError, read_json, refused_unless_read
+from bridge.models.schema import ERROR, NODE_KINDS
+from bridge.models.store import CheckpointError, read_json, refuse_unreadable
 from bridge.nodes.statistics import sparse_fingerprint
 
 FORMAT = 3  # of the JSON (docs/explanation-json.md); increased if a field is removed or changes its meaning, not if one is added
@@ -45,7 +45,7 @@ class Explanation(Explained):
     @staticmethod
     def from_json(values: dict[str, Any]) -> Explanation:
         """Return the explanation that `to_json` wrote. Raises ExplainError for anything else."""
-        with refused_unless_read("this", "explanation", "explain again", ExplainError):
+        with refuse_unreadable("this", "explanation", "explain again", ExplainError):
             if values.get("format") != FORMAT:
                 raise ValueError(f"format {values.get('format')!r}, not {FORMAT}")
             json.dumps(values, allow_nan=False)  # Python's reader accepts NaN, which is not JSON
@@ -70,7 +70,7 @@ def _check_consistency(explanation: Explanation) -> Explanation:
     for node in explanation.nodes:
         if not 0 <= node.position < length:
             raise ValueError(f"node {node.id!r} is at token {node.position} of {length}")
-        if node.kind not in (kinds := (*KINDS, ERROR)):
+        if node.kind not in (kinds := (*NODE_KINDS, ERROR)):
             raise ValueError(f"node {node.id!r} is of kind {node.kind!r}, not one of {', '.join(kinds)}")
         if node.group is not None and not 0 <= node.group < len(explanation.groups):
             raise ValueError(f"node {node.id!r} is of group {node.group} of {len(explanation.groups)}")

@@ -26,7 +26,7 @@ from bridge.errors import UserError
 from bridge.explanations.explanation import Explanation, Fingerprints, check_coupling
 from bridge.models.bridges import CoupledModels
 from bridge.models.schema import ERROR
-from bridge.models.store import check_target, write_text
+from bridge.models.store import check_writable_file, write_text
 from bridge.nodes.description import describe_node
 from bridge.nodes.statistics import parse_node, stored_facts
 
@@ -113,7 +113,7 @@ def embedded_json(data: Any) -> str:
 def write_page(path: str | Path, html: str) -> None:
     """Write a page atomically. Raises CheckpointError if the path cannot be a file, PageError if writing fails."""
     try:
-        write_text(check_target(path, "html"), html)
+        write_text(check_writable_file(path, "html"), html)
     except OSError as error:
         raise PageError(f"could not write {str(path)!r} ({error.strerror})", remedy="free space or name another file") from None
 

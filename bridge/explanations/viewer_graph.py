@@ -9,7 +9,7 @@ errors as error nodes, and groups as supernodes.
 Both viewers colour activations from 0 up, and identify a feature by a number. Therefore a channel is two features, one for its
 positive and one for its negative values, with distinct numbers, and the activation shown is the magnitude:
 
-    index       (9 channel + kind) 2 + (value < 0)                   kind is its index in schema.KINDS
+    index       (9 channel + kind) 2 + (value < 0)                   kind is its index in schema.NODE_KINDS
                 1,000,000 + site                                     for an error
     feature     (row + index)(row + index + 1) / 2 + index           the Cantor pair of row and index
     influence   share of the summed |effect| that belongs to the node and to nodes of larger |effect|; 1 if not measured
@@ -33,10 +33,10 @@ from bridge.errors import UserError
 from bridge.explanations.explanation import Explanation
 from bridge.explanations.parts import ExplainedNode, Token
 from bridge.explanations.text import question
-from bridge.models.schema import ERROR, KINDS, MLP_KINDS
+from bridge.models.schema import ERROR, MLP_KINDS, NODE_KINDS
 from bridge.nodes.description import Excerpt, NodePage
 
-FIRST_ERROR_INDEX = 1_000_000  # errors have the index ERRORS + site, which is larger than the index of any channel
+FIRST_ERROR_INDEX = 1_000_000  # errors have the index FIRST_ERROR_INDEX + site, which is larger than the index of any channel
 MAX_PINNED_NODES = 120  # number of nodes in the subgraph that is open at first, the strongest ones
 _END = re.compile(r"(?:L(\d+)\.)?(\w+)\[(\d+)\]@(\d+)")
 _TAG = re.compile(r"<(?=[A-Za-z/!?])")
@@ -117,10 +117,10 @@ def _answer_row(explanation: Explanation, rows: int) -> int:
 def _row_and_index(node: ExplainedNode, rows: int, answer: int) -> tuple[int, int]:
     if node.kind == ERROR:  # in the row of the sublayer that reads its site, if blocks have two; the last below the answer
         return min(node.layer * rows // 2, answer - 1), FIRST_ERROR_INDEX + node.layer
-    if node.kind not in KINDS:
+    if node.kind not in NODE_KINDS:
         raise ExportError("the explanation", f"has a node {node.id!r} of the unknown kind {node.kind!r}", "explain again")
     row = rows * node.layer + (rows > 1 and node.kind in MLP_KINDS)
-    return row, 2 * (len(KINDS) * node.index + KINDS.index(node.kind)) + (node.activation < 0)
+    return row, 2 * (len(NODE_KINDS) * node.index + NODE_KINDS.index(node.kind)) + (node.activation < 0)
 
 
 def _feature(row: int, index: int) -> int:

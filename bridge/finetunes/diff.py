@@ -38,7 +38,7 @@ from bridge.circuits.error_nodes import Followed, follow_dense, reference_means,
 from bridge.circuits.loss import CircuitLoss, SearchConfig
 from bridge.circuits.masked_model import MaskedModel, integrated_gradients
 from bridge.circuits.question import Question
-from bridge.display.progress import OnProgress, Phase, unseen
+from bridge.display.progress import OnProgress, Phase, ignore_progress
 from bridge.errors import UserError
 from bridge.evidence.bootstrap import bootstrap_interval
 from bridge.evidence.carry import Transporter
@@ -52,7 +52,7 @@ from bridge.models.bridges import CoupledModels
 from bridge.models.circuit import Node, NodeSpace
 from bridge.models.schema import ERROR
 from bridge.models.sparse import Location
-from bridge.models.transport import decoded
+from bridge.models.transport import decode_changes
 from bridge.steering.interventions import run_patched
 
 
@@ -92,7 +92,7 @@ def diff(
     The question is why the fine-tuned model's answer (or `target`) follows, against all others (or `contrast`). Raises DiffError
     if `tuned` was not adapted from a coupling such as `base`, PromptError or ExplainError if a prompt cannot be used.
     """
-    config, on_progress = config or DiffConfig(), progress or unseen
+    config, on_progress = config or DiffConfig(), progress or ignore_progress
     check_pair(base, tuned)
     texts = [prompts] if isinstance(prompts, str) else [*prompts]
     if not texts:
@@ -312,7 +312,7 @@ def transplanted(base: CoupledModels, grafts: Grafts, followed: Followed, added_
             own_rts = residuals[site + 1] - grafts.errors[Location(site + 1, ERROR)] - base.sparse.sublayer(site)(x_rts)
             own_rts = torch.where(grafts.writes(site, some_rf), own_rts, 0)  # exactly 0 if the graft changes no node there
             if bool(own_rts.any()):
-                changes[site + 1] = decoded(base, torch.full((len(some_rf),), site + 1), own_rts)
+                changes[site + 1] = decode_changes(base, torch.full((len(some_rf),), site + 1), own_rts)
         tokens_rt = grafts.question.prompt_bt.expand(len(some_rf), -1)
         plain = followed.dense.logits_btv[:, -1].expand(len(some_rf), -1)
         logits_rv = run_patched(base, tokens_rt, followed.dense, changes).logits_btv[:, -1] if changes else plain

@@ -103,7 +103,7 @@ class Grafts:
     def kind_f(self) -> Tensor:
         """Kind of each change, as an index into KINDS."""
         kinds = (KINDS.index("node" if at in self.own else at.kind) for at in self.space.sizes)
-        return self.space.by_location(kinds).to(self.sparse.device)
+        return self.space.repeat_by_location(kinds).to(self.sparse.device)
 
     @property
     def nodes_f(self) -> Tensor:

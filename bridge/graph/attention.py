@@ -158,12 +158,14 @@ def _layer(flow: Flow, layer: int) -> _Layer:
     passed_ts = flow.output_factor(out)
     gradient_ts = flow.gradient[out] * flow.kept[out] * (1.0 if passed_ts is None else passed_ts)
     gradient_thc = (gradient_ts @ flow.weight(layer, "o")).unflatten(-1, (-1, channels))
-    v_htc, mean_htc = (sparse.shared(sparse.heads(layer, of[v][None], rotate=False))[0] for of in (value, mean))
+    v_htc, mean_htc = (
+        sparse.repeat_shared_heads(sparse.split_heads(layer, of[v][None], rotate=False))[0] for of in (value, mean)
+    )
     z_htc = pattern_htt @ v_htc
     ablated_3htc = torch.stack([ablated_htt @ mean_htc, ablated_htt @ v_htc, pattern_htt @ mean_htc])
     first_order_3th = ((z_htc - ablated_3htc).transpose(1, 2) * gradient_thc).sum(-1)
-    q_htc = sparse.heads(layer, value[q][None], rotate=True)[0]
-    k_htc = sparse.shared(sparse.heads(layer, value[k][None], rotate=True))[0]
+    q_htc = sparse.split_heads(layer, value[q][None], rotate=True)[0]
+    k_htc = sparse.repeat_shared_heads(sparse.split_heads(layer, value[k][None], rotate=True))[0]
     change_thc = (v_htc - mean_htc).transpose(0, 1)
     return _Layer(q_htc, k_htc, pattern_htt, change_thc, gradient_thc, z_htc, ablated_3htc, first_order_3th)
 
@@ -181,7 +183,7 @@ def _effects(flow: Flow, layers: dict[int, _Layer], pairs: list[list[int]]) -> l
         z_3htc = its.z_htc.repeat(_N_ABLATIONS, 1, 1, 1)
         z_3htc[:, head, query] = its.ablated_3htc[:, head, query]
         before_1ts, after_3ts = (
-            sparse.attended(layer, z_bhtc.transpose(1, 2).flatten(2), keep) for z_bhtc in (its.z_htc[None], z_3htc)
+            sparse.attention_output_nodes(layer, z_bhtc.transpose(1, 2).flatten(2), keep) for z_bhtc in (its.z_htc[None], z_3htc)
         )
         x_3ts = whole.residuals[site + 1].repeat(_N_ABLATIONS, 1, 1)
         x_3ts[:, query] += (after_3ts - before_1ts)[:, query]

@@ -2,7 +2,7 @@
 
 An edge is a way in which one kept node reaches another directly, with everything between them held as it is in S_C. Its weight is
 how much the source's change from its mean adds to the target's value before AbsTopK (for MLP neurons, or their gates, before the
-nonlinearity). If a matrix's output goes through a norm, or is multiplied by a gate, that factor is held (`flow.passed`):
+nonlinearity). If a matrix's output goes through a norm, or is multiplied by a gate, that factor is held (`flow.output_factor`):
 
     weight = d target / d source * (a_source - m_source)
 
@@ -43,7 +43,7 @@ from torch import Tensor
 from bridge.circuits.masked_model import MaskedModel
 from bridge.circuits.question import spread_indices
 from bridge.circuits.subject import SparseSubject
-from bridge.display.progress import OnProgress, Phase, unseen
+from bridge.display.progress import OnProgress, Phase, ignore_progress
 from bridge.graph.flow import Flow, flow_through
 from bridge.models.circuit import BIGRAM, COUNTED, EMBEDDING, KINDS, Edge, EdgeKind, Node
 from bridge.models.residual import Enter
@@ -148,7 +148,7 @@ class Edges:
 
 
 @torch.no_grad()
-def draw_edges(flow: Flow, most: int | None = None, progress: OnProgress = unseen) -> Edges:
+def draw_edges(flow: Flow, most: int | None = None, progress: OnProgress = ignore_progress) -> Edges:
     """Return every edge between the circuit's nodes (see the module's docstring), or the `most` with the largest effects.
 
     progress is called between two locations, and may raise to end the work.
@@ -237,9 +237,9 @@ class _EdgeCollector:
             kind_e = torch.full_like(strong_k, KINDS.index(some.kind))
             self.parts.append((kind_e, from_e, to_e, some.weight_e[strong_k], some.effect_e[strong_k]))
         if self.most is not None and sum(len(part[0]) for part in self.parts) > 4 * self.most:
-            self._weed(self.most)
+            self._drop_weak_edges(self.most)
 
-    def _weed(self, most: int) -> None:
+    def _drop_weak_edges(self, most: int) -> None:
         columns = self._columns()
         size_e = columns[-1].abs()
         self.least = float(size_e.nan_to_num(torch.inf).topk(most).values[-1])
@@ -337,7 +337,7 @@ def _head_gradients(
     """
     sparse, rows, layer = flow.sparse, torch.arange(len(to_r), device=to_r.device), sources[0].layer
     q_gtc, k_1sc, v_1sc = (
-        sparse.heads(layer, flow.value[source][None], rotate=source.kind != "v")[0, part]
+        sparse.split_heads(layer, flow.value[source][None], rotate=source.kind != "v")[0, part]
         for source, part in zip(sources, (heads, slice(shared, shared + 1), slice(shared, shared + 1)), strict=True)
     )
     pattern_rgs, u_rgs = pattern_gts[:, to_r].transpose(0, 1), write_rgc @ v_1sc[0].T
@@ -346,7 +346,7 @@ def _head_gradients(
     q_rgtc = torch.zeros(len(to_r), *q_gtc.shape, dtype=q_gtc.dtype, device=q_gtc.device)
     q_rgtc[rows, :, to_r] = score_rgs @ k_1sc[0]
     k_r1sc = torch.einsum("rgs,rgc->rsc", score_rgs, q_gtc[:, to_r].transpose(0, 1))[:, None]
-    q_rtc, k_rsc = (sparse.nodes(layer, gradient, rotated=True) for gradient in (q_rgtc, k_r1sc))
+    q_rtc, k_rsc = (sparse.merge_heads(layer, gradient, rotated=True) for gradient in (q_rgtc, k_r1sc))
     return q_rtc, k_rsc, torch.einsum("rgs,rgc->rsc", pattern_rgs, write_rgc)
 
 

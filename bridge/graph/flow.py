@@ -28,7 +28,7 @@ from torch import Tensor
 
 from bridge.circuits.masked_model import MaskedModel
 from bridge.models.circuit import EMBEDDING, check_means
-from bridge.models.schema import GATE, activated
+from bridge.models.schema import GATE, activated_kind
 from bridge.models.span import SparseSpan
 from bridge.models.sparse import Location, SparseTransformer
 
@@ -78,7 +78,7 @@ class Flow:
         if name != "o":
             return self.value[Location(layer, self.sparse.matrices[name][0])]
         q, k, v = (self.value[Location(layer, kind)][None] for kind in ("q", "k", "v"))
-        v_bhtc = self.sparse.shared(self.sparse.heads(layer, v, rotate=False))
+        v_bhtc = self.sparse.repeat_shared_heads(self.sparse.split_heads(layer, v, rotate=False))
         return (self.sparse.pattern(layer, q, k) @ v_bhtc).transpose(1, 2).flatten(2)[0]
 
     def matrix_output(self, layer: int, name: str) -> Tensor:
@@ -90,10 +90,10 @@ class Flow:
         """Return passed_tj, the factor of a matrix's output at each token on its way to each node; None if it is 1."""
         if target.kind == "mlp_act" and self.sparse.form.gated:
             return self.value[Location(target.layer, GATE)]
-        if not self.sparse.has_norm(target.layer, target.kind):
+        if not self.sparse.has_write_norm(target.layer, target.kind):
             return None
         name = next(name for name, (_, to) in self.sparse.matrices.items() if to == target.kind)
-        return self.sparse.after_scale(target.layer, target.kind, self.matrix_output(target.layer, name))
+        return self.sparse.write_norm_scale(target.layer, target.kind, self.matrix_output(target.layer, name))
 
     def locations(self, *kinds: str) -> list[Location]:
         """Return the locations of some kinds that have a kept node."""
@@ -127,7 +127,7 @@ def flow_through(masked: MaskedModel, kept_f: Tensor, run_f: Tensor | None = Non
     value = {at: value_1tn[0].detach() for at, value_1tn in value.items()}
     gradient = {at: gradient_1tn[0] * (value[at] != 0) for at, gradient_1tn in zip(probe, gradients, strict=True)}
     for at in gradient:
-        if at.kind == activated(sparse.form.gated):
+        if at.kind == activated_kind(sparse.form.gated):
             gradient[at] = gradient[at] * _derivative(sparse, at, value[Location(at.layer, "mlp_in")])
     kept = masked.space.split(kept_f)
     change = {at: value_tn - masked.means[at] for at, value_tn in value.items()}

@@ -5,7 +5,7 @@
                token. A group that no kept node and no token feeds writes the same on every prompt: it is `constant` at the last
                position, elsewhere `at` its token. `full model reads` adds what its attention heads read if every node is kept.
     like       If a group reads its own token's embedding: the tokens that would feed it most, by (E_v - mean E) times the
-               gradients of its reads. Given only if the prompt's own token is in the first FIT, as it is if the group reads it.
+               gradients of its reads. Given only if the prompt's own token is in the first MAX_OWN_RANK, which it is if read.
     promotes   With p the circuit's next-token probabilities and p' those with the group ablated: the tokens with the largest
                p - p', and `over` the answer if the group takes most from the answer itself.
 
@@ -67,7 +67,7 @@ def group_names(
 
 def _label(flow: Flow, group: Group, strength: Mapping[int, float], labels: Mapping[str, str]) -> str:
     """Return the label of the member with the largest effect that has one; '' if none has."""
-    for node in sorted(group.nodes, key=lambda node: -abs(strength.get(flow.masked.space.place(node), 0.0))):
+    for node in sorted(group.nodes, key=lambda node: -abs(strength.get(flow.masked.space.index_of(node), 0.0))):
         value = float(flow.value[node.location][node.position, node.index])
         label = labels.get(f"{'+' if value > 0 else '-'}{node.name}", labels.get(node.name))
         if label:

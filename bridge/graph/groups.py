@@ -73,7 +73,7 @@ class Group:
 
     def places(self, space: NodeSpace, device: torch.device) -> Tensor:
         """Return place_k, the indices of its nodes in the row of all."""
-        return torch.tensor([space.place(node) for node in self.nodes], device=device)
+        return torch.tensor([space.index_of(node) for node in self.nodes], device=device)
 
 
 @dataclass(frozen=True)
@@ -124,7 +124,7 @@ def group_edges(flow: Flow, edges: Edges, groups: Sequence[Group]) -> tuple[Grou
     for number, group in enumerate(groups):
         for node in group.nodes:
             error = f"error:{node.location.layer}@{node.position}"
-            names[flow.masked.space.place(node)] = error if group.kind == ERROR else f"group:{number}"
+            names[flow.masked.space.index_of(node)] = error if group.kind == ERROR else f"group:{number}"
     token_e = edges.ends.inputs(edges.source_e).tolist()
     found: dict[tuple[str, str], list[float]] = {}
     for source, target, token, effect in zip(

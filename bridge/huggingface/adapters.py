@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from bridge.errors import first_line, foreign_errors_as
+from bridge.errors import first_line, reraise_as
 from bridge.huggingface.site_discovery import PARITY_FP32, DenseModelError, context_of, forward, largest, probe_tokens
 
 if TYPE_CHECKING:
@@ -76,7 +76,7 @@ def with_adapter(model: Any, folder: Path, adapter: str, name: str) -> Any:
     n_added = _resized(model, folder, config)
     with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):  # PEFT fills an adapter at random before it loads it
         warnings.simplefilter("ignore")  # the loading report is checked below
-        with foreign_errors_as(DenseModelError, who, f"does not fit model {name!r}", remedy):
+        with reraise_as(DenseModelError, who, f"does not fit model {name!r}", remedy):
             peft_model = get_peft_model(model, config)
             report = peft_model.load_adapter(str(folder), "default", torch_device="cpu")
     weights, missing = dict(peft_model.named_parameters(remove_duplicate=False)), report.missing_keys
@@ -105,7 +105,7 @@ def merged(model: Any, who: str, name: str, n_added: int = 0) -> Any:
     tokens_bt = probe_tokens(plain, f"model {name!r}", context_of(plain))
     with warnings.catch_warnings(), torch.no_grad(), torch.autocast(tokens_bt.device.type, enabled=False):
         warnings.simplefilter("ignore")
-        with foreign_errors_as(DenseModelError, problem, "", _OTHER_KIND):
+        with reraise_as(DenseModelError, problem, "", _OTHER_KIND):
             wanted_btv, wanted_vd = forward(model, tokens_bt), _embeddings(model)
             for rows, what in ((wanted_vd, "embeddings"), (wanted_btv[0, 0, :, None], "output weights")) if n_added else ():
                 if lost := int(rows[-n_added:].isnan().any(-1).sum()):
@@ -146,7 +146,7 @@ def _config(folder: Path, who: str) -> PeftConfig:
     from peft import PeftConfig
 
     unreadable = f"has an {CONFIG} that cannot be read"
-    with warnings.catch_warnings(), foreign_errors_as(DenseModelError, who, unreadable, "save it again with PEFT"):
+    with warnings.catch_warnings(), reraise_as(DenseModelError, who, unreadable, "save it again with PEFT"):
         warnings.simplefilter("ignore")
         given = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
         config = PeftConfig.from_pretrained(str(folder))

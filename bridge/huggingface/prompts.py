@@ -24,9 +24,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from bridge.errors import UserError, first_line, foreign_errors_as
+from bridge.errors import UserError, first_line, reraise_as
 from bridge.huggingface.gguf_file import find_gguf
-from bridge.recipe import not_text
+from bridge.recipe import unencodable_character
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -125,7 +125,7 @@ class Prompts:
     def read(self, prompt: str, context: int) -> list[int]:
         """Return a prompt's tokens. Raises PromptError if it is empty, longer than `context`, or not readable as text."""
         self.check()
-        if wrong := not_text(prompt):
+        if wrong := unencodable_character(prompt):
             raise PromptError("the prompt", f"holds {wrong}, which is no character of UTF-8 text", "give it in UTF-8")
         remedy = "give the text whose next token is to be explained"
         (body,) = self.bodies([prompt]) if prompt else [[]]
@@ -145,7 +145,7 @@ class Prompts:
             remedy = "leave out ‹chat›, or write the turns yourself"
             raise PromptError(f"the tokenizer of {self._who}", "has no chat template", remedy)
         turns = [{"role": "user", "content": text}]
-        with foreign_errors_as(PromptError, f"the chat template of {self._who}", "refuses it", "leave out ‹chat›"):
+        with reraise_as(PromptError, f"the chat template of {self._who}", "refuses it", "leave out ‹chat›"):
             return str(tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True))
 
     # -- tokens to text -------------------------------------------------------------------------------------------------
@@ -176,7 +176,7 @@ class Prompts:
             token = given if isinstance(given, int) else int(given[1:])
         else:
             self.check()
-            if wrong := not_text(given):
+            if wrong := unencodable_character(given):
                 rule = f"holds {wrong}, which is no character of UTF-8 text"
                 raise PromptError(f"{role} {given!r}", rule, "give one token in UTF-8")
             token = self._named(given)
@@ -280,7 +280,7 @@ class Prompts:
         piece: Any = self._there().convert_ids_to_tokens(token)
         own = self._own(token)
         for text in dict.fromkeys((own, piece)):
-            if _NUMBER.fullmatch(text) or not_text(text):
+            if _NUMBER.fullmatch(text) or unencodable_character(text):
                 continue
             after = self._after(text)
             spelled = not after and text == piece and (text == own or text.isascii())

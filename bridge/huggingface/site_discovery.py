@@ -27,7 +27,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bridge.errors import UserError, foreign_errors_as
+from bridge.errors import UserError, reraise_as
 
 PROBE_ROWS, PROBE_TOKENS = 4, 8
 PARITY_FP32 = 1e-4  # largest absolute logit error of a resumed fp32 model; resuming is exact, so errors seen are 0 to 1e-6
@@ -176,7 +176,7 @@ def watch_blocks(model: Any, who: str, tokens_bt: Tensor) -> tuple[list[_Call], 
         for block in calls:
             hooks.enter_context(block.register_forward_pre_hook(keep, with_kwargs=True))
             hooks.enter_context(block.register_forward_hook(watch, with_kwargs=True))
-        with foreign_errors_as(DenseModelError, who, "does not run on tokens alone", "give a decoder-only causal model"):
+        with reraise_as(DenseModelError, who, "does not run on tokens alone", "give a decoder-only causal model"):
             try:
                 logits_btv = forward(model, tokens_bt)
             except AttributeError as error:
@@ -209,7 +209,7 @@ def wire(who: str, calls: Sequence[_Call]) -> tuple[DenseBlock, ...]:
     site, remedy = 0, "this architecture is not supported"
     for index, call in enumerate(calls):
         block = f"cannot be read at site {site}: block {index}"
-        with foreign_errors_as(DenseModelError, who, f"{block} does not run alone", remedy):
+        with reraise_as(DenseModelError, who, f"{block} does not run alone", remedy):
             output_btd, seen = call.again(call.x_btd)
         if not call.gives(output_btd):
             raise DenseModelError(who, f"{block} depends on more than its arguments", remedy)

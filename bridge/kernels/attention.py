@@ -26,16 +26,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bridge.kernels.cpu import in_parallel
+from bridge.kernels.cpu import run_in_parallel
 from bridge.kernels.lanes import add_scaled, compiled, exponentials, weighted_sum_16, weighted_sum_32, weighted_sum_64
 
-NEVER = -1e30  # the logit of a sink that takes no attention
+NO_SINK_LOGIT = -1e30  # the logit of a sink that takes no attention
 SHORT, MANY = 64, 8  # a row of fewer tokens is short; at least so many rows are many
 
 
 def attend(q_bqn: Tensor, k_btn: Tensor, v_btn: Tensor, channels: int, sink_h: Tensor | None = None) -> Tensor:
     """Return z_bqn of the last q positions in float32, stored with tokens innermost; differentiable in q, k, v and the sinks."""
-    sink_h = q_bqn.new_full((q_bqn.shape[-1] // channels,), NEVER) if sink_h is None else sink_h
+    sink_h = q_bqn.new_full((q_bqn.shape[-1] // channels,), NO_SINK_LOGIT) if sink_h is None else sink_h
     rows, tokens, _ = k_btn.shape
     if tokens < SHORT and rows >= MANY:
         return _of_short_rows(q_bqn, k_btn, v_btn, sink_h, channels)
@@ -54,7 +54,7 @@ def _of_short_rows(q_bqn: Tensor, k_btn: Tensor, v_btn: Tensor, sink_h: Tensor, 
     return (with_sink.softmax(-1)[..., 1:] @ v_bhtc).transpose(1, 2).flatten(2)
 
 
-def _inside(x_btn: Tensor) -> Tensor:
+def _pad_tokens_innermost(x_btn: Tensor) -> Tensor:
     """Return x_bnt, contiguous and padded at the end to whole vectors of tokens; no query attends to the padding."""
     x_bnt = x_btn.detach().float().transpose(1, 2)
     short = -x_bnt.shape[2] % 16
@@ -64,7 +64,7 @@ def _inside(x_btn: Tensor) -> Tensor:
 class _Attention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, q_btn: Tensor, k_btn: Tensor, v_btn: Tensor, sink_h: Tensor, channels: int) -> Tensor:
-        q_bnt, k_bnt, v_bnt = (_inside(x) for x in (q_btn, k_btn, v_btn))
+        q_bnt, k_bnt, v_bnt = (_pad_tokens_innermost(x) for x in (q_btn, k_btn, v_btn))
         z_bnt, l_ht = torch.empty_like(q_bnt), torch.empty(q_bnt.shape[0] * q_bnt.shape[1] // channels, q_bnt.shape[2])
         # a copy, because numpy would keep the memory of gathered weights (`training/shards`) from being freed
         sink_h = sink_h.detach().to(torch.float32, copy=True)
@@ -72,7 +72,7 @@ class _Attention(torch.autograd.Function):
         arrays = [*(tensor.view(-1).numpy() for tensor in tensors), l_ht.numpy()]
         rows, n, tokens = q_bnt.shape  # every token is a query, and rows follow one another in memory
         where = channels, np.zeros(rows, np.int64), np.full(rows, tokens), n * tokens, tokens, n * tokens, tokens
-        in_parallel(lambda start, stop: forward(*arrays, *where, start, stop), len(l_ht), q_bnt.numel() * q_bnt.shape[2])
+        run_in_parallel(lambda start, stop: forward(*arrays, *where, start, stop), len(l_ht), q_bnt.numel() * q_bnt.shape[2])
         ctx.save_for_backward(*tensors, l_ht)
         ctx.where, ctx.length = where, q_btn.shape[1]
         return z_bnt.transpose(1, 2)[:, : q_btn.shape[1]]
@@ -80,13 +80,13 @@ class _Attention(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dz_btn: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         q_bnt, k_bnt, v_bnt, sink_h, z_bnt, l_ht = ctx.saved_tensors
-        dz_bnt = _inside(dz_btn)
+        dz_bnt = _pad_tokens_innermost(dz_btn)
         dq_bnt, dk_bnt, dv_bnt = torch.empty_like(q_bnt), torch.zeros_like(q_bnt), torch.zeros_like(q_bnt)
         dsink_bh = torch.zeros(len(q_bnt), len(sink_h))
         before, after = (q_bnt, k_bnt, v_bnt, sink_h, z_bnt), (dz_bnt, dq_bnt, dk_bnt, dv_bnt, dsink_bh)
         arrays = [*(x.view(-1).numpy() for x in before), l_ht.numpy(), *(x.view(-1).numpy() for x in after)]
         work = q_bnt.numel() * q_bnt.shape[2]
-        in_parallel(lambda start, stop: backward(*arrays, *ctx.where, start, stop), dsink_bh.numel(), work)
+        run_in_parallel(lambda start, stop: backward(*arrays, *ctx.where, start, stop), dsink_bh.numel(), work)
         d_btn = [d_bnt.transpose(1, 2)[:, : ctx.length] for d_bnt in (dq_bnt, dk_bnt, dv_bnt)]
         return (*d_btn, dsink_bh.sum(0), None)
 
@@ -110,7 +110,7 @@ def _sums(
 
 
 @compiled
-def _by_token(x: np.ndarray, x_at: int, tokens: int, channels: int, upto: int, y: np.ndarray) -> int:
+def _transpose_head(x: np.ndarray, x_at: int, tokens: int, channels: int, upto: int, y: np.ndarray) -> int:
     """Set y[j * width + c] = x[c, j] for j < upto, and return width: the channels rounded up to whole vectors."""
     width = (channels + 15) // 16 * 16
     for c in range(channels):
@@ -151,7 +151,7 @@ def forward(
     for head in range(start, stop):
         b, h = head // heads, head % heads
         at, q_at = b * row + h * channels * stride, b * q_row + h * channels * q_stride
-        width = _by_token(v, at, stride, channels, after[b], by_token)
+        width = _transpose_head(v, at, stride, channels, after[b], by_token)
         for i in range(first[b], after[b]):
             to = q_at + i - first[b]
             for c in range(channels):
@@ -183,22 +183,22 @@ def backward(
     for head in range(start, stop):
         b, h = head // heads, head % heads
         at, q_at = b * row + h * channels * stride, b * q_row + h * channels * q_stride
-        width = _by_token(k, at, stride, channels, after[b], by_token)
+        width = _transpose_head(k, at, stride, channels, after[b], by_token)
         for i in range(first[b], after[b]):
             to, logs = q_at + i - first[b], log_sum[head, i - first[b]]
-            through = np.float32(0)
+            dz_dot_z = np.float32(0)
             for c in range(channels):
                 query[c] = q[to + c * q_stride] * scale
                 given[c] = dz[to + c * q_stride]
-                through += given[c] * z[to + c * q_stride]
+                dz_dot_z += given[c] * z[to + c * q_stride]
             upto = (i // 16 + 1) * 16
             _sums(k, at, stride, index, query, channels, upto, p)
             for j in range(i + 1, upto):
                 p[j] = -np.inf
             exponentials(p, 0, upto // 16, logs)
             _sums(v, at, stride, index, given, channels, upto, ds)
-            _through(ds, p, through, upto)
-            dsink[head] -= math.exp(sink[h] - logs) * through
+            _through(ds, p, dz_dot_z, upto)
+            dsink[head] -= math.exp(sink[h] - logs) * dz_dot_z
             _sums(by_token, 0, width, index, ds, i + 1, width, out)
             for c in range(channels):
                 dq[to + c * q_stride] = out[c] * scale

@@ -36,11 +36,11 @@ from bridge.kernels.lanes import (
 )
 
 TOP = 0x7F80  # upper half of infinity, the largest magnitude
-INFINITE = 0x7F800000
+INFINITY_BITS = 0x7F800000
 WIDEST = 32767  # because a lane's count is a half word
 
 
-def in_parallel(task: Callable[[int, int], None], count: int, elements: int) -> None:
+def run_in_parallel(task: Callable[[int, int], None], count: int, elements: int) -> None:
     """Run task(start, stop) over `count` items, on at most torch's number of threads, each with at least 65,536 `elements`."""
     threads = max(1, min(torch.get_num_threads(), count, elements // 65536))
     if threads == 1:
@@ -85,7 +85,7 @@ def abs_top_k(x: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """Return x with all but the k largest magnitudes of the last axis zeroed, and the mask: float32 or bfloat16, x's layout."""
     if tokens_contiguous(x):
         b, t, n = x.shape
-        end_to_end = x.permute(2, 0, 1).is_contiguous()  # as `tokens_inside` stores short rows
+        end_to_end = x.permute(2, 0, 1).is_contiguous()  # as `tokens_innermost` stores short rows
         stored = x.permute(2, 0, 1) if end_to_end else x.transpose(1, 2).contiguous()
         rows, tokens, back = (1, b * t, (1, 2, 0)) if end_to_end else (b, t, (0, 2, 1))
         kept, mask = torch.empty_like(stored), torch.empty(stored.shape, dtype=torch.bool)
@@ -94,13 +94,13 @@ def abs_top_k(x: Tensor, k: int) -> tuple[Tensor, Tensor]:
         def some(start: int, stop: int) -> None:
             top_k_lanes(*args, n, tokens, k, wide, start, stop, np.zeros(LANES, np.int16))
 
-        in_parallel(some, rows * -(-tokens // LANES), x.numel())
+        run_in_parallel(some, rows * -(-tokens // LANES), x.numel())
         return kept.permute(back), mask.permute(back)
     x = x.contiguous()
     kept, mask = torch.empty_like(x), torch.empty(x.shape, dtype=torch.bool)
     args, width = _flat(x, kept, mask, words=True), x.shape[-1]
     kernel = _top_k_rows32 if x.dtype == torch.float32 else _top_k_rows16
-    in_parallel(lambda start, stop: kernel(*args, width, k, start, stop), x.numel() // width, x.numel())
+    run_in_parallel(lambda start, stop: kernel(*args, width, k, start, stop), x.numel() // width, x.numel())
     return kept, mask
 
 
@@ -110,7 +110,7 @@ def keep_where(mask: Tensor, x: Tensor) -> Tensor:
         x = torch.empty_strided(mask.shape, mask.stride(), dtype=x.dtype).copy_(x)
     kept = torch.empty_strided(mask.shape, mask.stride(), dtype=x.dtype)
     words, out, mask_words = _flat(x, kept, mask, words=True)
-    in_parallel(lambda start, stop: _keep_where(words, out, mask_words, start, stop), len(words), len(words))
+    run_in_parallel(lambda start, stop: _keep_where(words, out, mask_words, start, stop), len(words), len(words))
     return kept
 
 
@@ -118,7 +118,7 @@ def gelu(x: Tensor) -> tuple[Tensor, Tensor]:
     """Return GELU (tanh form) of a float32 tensor without gaps, and its derivative, both in x's layout."""
     y, derivative = (torch.empty_strided(x.shape, x.stride()) for _ in range(2))
     values, out, derivatives = _flat(x, y, derivative)
-    in_parallel(lambda start, stop: _gelu(values, out, derivatives, start, stop), x.numel(), 4 * x.numel())
+    run_in_parallel(lambda start, stop: _gelu(values, out, derivatives, start, stop), x.numel(), 4 * x.numel())
     return y, derivative
 
 
@@ -136,7 +136,7 @@ def choose(mask_btn: Tensor, x_btn: Tensor, else_n: Tensor) -> tuple[Tensor, Ten
     values, out = _flat(x_btn, kept)
     others = else_n.detach().contiguous().numpy()
     words = mask.numpy()
-    in_parallel(lambda start, stop: _choose(values, words, others, out, length, start, stop), lines, x_btn.numel())
+    run_in_parallel(lambda start, stop: _choose(values, words, others, out, length, start, stop), lines, x_btn.numel())
     return kept, mask.as_strided(x_btn.shape, x_btn.stride())
 
 
@@ -201,7 +201,7 @@ def _top_k_rows32(x: np.ndarray, kept: np.ndarray, mask: np.ndarray, width: int,
     for row in range(start * width, stop * width, width):
         upper_halves(x, row, half, 0, width // LANES)
         for j in range(width // LANES * LANES, width):
-            half[j] = min(x[row + j] & 0x7FFFFFFF, INFINITE) >> 16
+            half[j] = min(x[row + j] & 0x7FFFFFFF, INFINITY_BITS) >> 16
         u, above, least = _search_row(half, vectors, width, k, near)
         near = u
         threshold, room = (u + 1) << 16, -1
@@ -216,7 +216,7 @@ def _top_k_rows32(x: np.ndarray, kept: np.ndarray, mask: np.ndarray, width: int,
                     j = block * LANES + lowest_bit(bits)
                     bits &= bits - 1
                     if j < width:
-                        lower[count] = min(x[row + j] & 0x7FFFFFFF, INFINITE) & 0xFFFF
+                        lower[count] = min(x[row + j] & 0x7FFFFFFF, INFINITY_BITS) & 0xFFFF
                         count += 1
             v, room = _decide(lower, count, k - above)
             threshold = (u << 16) | v
@@ -227,7 +227,7 @@ def _top_k_rows32(x: np.ndarray, kept: np.ndarray, mask: np.ndarray, width: int,
                 write_kept(x, done, limits, kept, mask)
                 done += LANES
         for j in range(done, row + width):
-            word = min(x[j] & 0x7FFFFFFF, INFINITE)
+            word = min(x[j] & 0x7FFFFFFF, INFINITY_BITS)
             keep = word >= threshold
             if word == threshold and room >= 0:
                 keep = room > 0
@@ -365,7 +365,7 @@ def top_k_lanes(
             else:
                 for lane in range(lanes):
                     word = x[(b * width + j) * tokens + t + lane]
-                    half[j * LANES + lane] = min(word & 0x7FFFFFFF, INFINITE) >> 16 if wide else min(word & 0x7FFF, TOP)
+                    half[j * LANES + lane] = min(word & 0x7FFFFFFF, INFINITY_BITS) >> 16 if wide else min(word & 0x7FFF, TOP)
         _search_lanes(half, width, k, low, above, least)
         undecided = 0
         for lane in range(LANES):
@@ -402,7 +402,9 @@ def top_k_lanes(
                     lane = lowest_bit(bits)
                     bits &= bits - 1
                     if room[lane] >= 0 and lane < lanes:
-                        lower[lane, found[lane]] = min(x[(b * width + j) * tokens + t + lane] & 0x7FFFFFFF, INFINITE) & 0xFFFF
+                        lower[lane, found[lane]] = (
+                            min(x[(b * width + j) * tokens + t + lane] & 0x7FFFFFFF, INFINITY_BITS) & 0xFFFF
+                        )
                         found[lane] += 1
         ties = False
         for lane in range(LANES):
@@ -417,7 +419,7 @@ def top_k_lanes(
                 write_kept(x, at, limit, kept, mask)
                 continue
             for lane in range(lanes):
-                word = min(x[at + lane] & 0x7FFFFFFF, INFINITE)
+                word = min(x[at + lane] & 0x7FFFFFFF, INFINITY_BITS)
                 keep = word >= limit[lane]
                 if word == limit[lane] and room[lane] >= 0:
                     keep = room[lane] > 0

@@ -338,7 +338,7 @@ def _transposed(builder: Any, rows: list[Any]) -> list[Any]:
     return rows
 
 
-def _of_lane(builder: Any, x: Any, at: Any, lane: Any, step: int, place: Any) -> Any:
+def _lane_pointer(builder: Any, x: Any, at: Any, lane: Any, step: int, place: Any) -> Any:
     """Return a pointer to x[at[lane + step] + place]."""
     begin = builder.load(builder.gep(at, [builder.add(lane, ir.Constant(_I64, step))]))
     return builder.gep(x, [builder.add(begin, place)])
@@ -348,7 +348,7 @@ def _of_lane(builder: Any, x: Any, at: Any, lane: Any, step: int, place: Any) ->
 def transpose_masks(builder: Any, mask: Any, at: Any, lane: Any, place: Any, share: Any, lanes: Any) -> None:
     """Set share[c * lanes + lane + l] = mask[at[lane + l] + place + c], 16 channels c by 16 lanes l; mask: bytes or floats."""
     vector = ir.VectorType(_I8 if mask.type.pointee == _I8 else _F32, 16)
-    rows = [_load(builder, _of_lane(builder, mask, at, lane, step, place), vector) for step in range(16)]
+    rows = [_load(builder, _lane_pointer(builder, mask, at, lane, step, place), vector) for step in range(16)]
     for channel, row in enumerate(_transposed(builder, rows)):
         value = row if vector.element == _F32 else builder.uitofp(row, _VF)
         to = builder.add(builder.mul(lanes, ir.Constant(_I64, channel)), lane)
@@ -356,7 +356,7 @@ def transpose_masks(builder: Any, mask: Any, at: Any, lane: Any, place: Any, sha
 
 
 @_kernel(_NONE, _ARRAY, _ARRAY, _ARRAY, _INT, _INT, _ARRAY, _INT, _INT, _ARRAY)
-def back_masks(
+def masks_backward(
     builder: Any, dy: Any, change: Any, through: Any, begin: Any, lanes: Any, at: Any, lane: Any, place: Any, to: Any
 ) -> None:
     """Backward pass of 16 channels from `begin` on: to[at[lane + l] + place + c] += dy change, lane by lane; dy *= through."""
@@ -368,7 +368,7 @@ def back_masks(
         rows.append(builder.fmul(value, difference))
         _store(builder, builder.fmul(value, share), above)
     for step, row in enumerate(_transposed(builder, rows)):
-        total = _of_lane(builder, to, at, lane, step, place)
+        total = _lane_pointer(builder, to, at, lane, step, place)
         _store(builder, builder.fadd(_load(builder, total, _VF), row), total)
 
 

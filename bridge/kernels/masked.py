@@ -18,14 +18,14 @@ import numpy as np
 from torch import Tensor
 
 from bridge.kernels.cpu import top_k_lanes
-from bridge.kernels.lanes import LANES, back_masks, compiled, gelus, mix_lanes, transpose_masks
-from bridge.kernels.products import Compact, multiply_lines
+from bridge.kernels.lanes import LANES, compiled, gelus, masks_backward, mix_lanes, transpose_masks
+from bridge.kernels.products import SparseMatrix, multiply_lines
 
 _CHANNELS = 16  # channels whose masks are transposed at a time
 
 
 @compiled
-def nodes(
+def apply_masks(
     change: np.ndarray, kept: int, mask: np.ndarray, at: np.ndarray, first: int, channel: np.ndarray, mean: np.ndarray,
     active: np.ndarray, through: np.ndarray, y: np.ndarray, near: np.ndarray,
 ) -> None:  # fmt: skip
@@ -56,7 +56,7 @@ def nodes(
 
 
 @compiled
-def nodes_back(
+def apply_masks_backward(
     dy: np.ndarray, change: np.ndarray, through: np.ndarray, at: np.ndarray, first: int, channel: np.ndarray, dmask: np.ndarray
 ) -> None:
     """Add to dmask, and replace dy by dpre in place."""
@@ -67,7 +67,7 @@ def nodes_back(
         together = width == _CHANNELS and channel[block + width - 1] - channel[block] == width - 1
         transposed = len(at) // 16 * 16 if together else 0
         for i in range(0, transposed, 16):
-            back_masks(dys, changes, throughs, block * lanes, lanes, at, i, first + channel[block], dmask)
+            masks_backward(dys, changes, throughs, block * lanes, lanes, at, i, first + channel[block], dmask)
         for i in range(transposed, len(at)):
             for c in range(width):
                 dmask[at[i] + first + channel[block + c]] += dy[block + c, i] * change[block + c, i]
@@ -75,7 +75,7 @@ def nodes_back(
 
 
 @compiled
-def some_nodes(
+def mask_gradients_of_nodes(
     dy: np.ndarray, change: np.ndarray, channel: np.ndarray, token: np.ndarray, everywhere: bool, lane_rt: np.ndarray,
     dmask_kr: np.ndarray,
 ) -> None:  # fmt: skip
@@ -173,14 +173,14 @@ class Lanes:
         self.lane_rt[self.row_l, self.token_l] = np.arange(rows * each)
         self.size, self.by_position, self.known = size, by_position, dict[int, np.ndarray]()
 
-    def places(self, n: int) -> np.ndarray:
+    def mask_indices(self, n: int) -> np.ndarray:
         """Return the index of each lane's token in the flat masks of a location with n nodes, without the location's offset."""
         if n not in self.known:
             self.known[n] = self.row_l * self.size + (self.token_l * n if self.by_position else 0)
         return self.known[n]
 
 
-class Room:
+class ArrayPool:
     """Memory for the arrays of a tile, handed out in the same order for every tile."""
 
     def __init__(self) -> None:
@@ -205,23 +205,23 @@ class StoredMatrix:
     by_column: tuple[np.ndarray, ...]
 
     @staticmethod
-    def of(matrix: Compact, bias_m: Tensor, back: Compact) -> StoredMatrix:
+    def of(matrix: SparseMatrix, bias_m: Tensor, back: SparseMatrix) -> StoredMatrix:
         """Make one from a frozen matrix of nonzeros and its bias; the backward pass uses only its first rows, given as `back`."""
         start, index, _ = matrix.pattern.by_row
         start_back, index_back, none = back.pattern.by_column
         by_column = start_back, index_back, back.by_column_p.numpy(), none.numpy()
         return StoredMatrix((start, index, matrix.value_p.numpy(), bias_m.numpy()), by_column)
 
-    def times(self, x: np.ndarray, room: Room) -> np.ndarray:
+    def times(self, x: np.ndarray, room: ArrayPool) -> np.ndarray:
         """Return W x + b."""
         return self._product(self.by_row, x, room)
 
-    def back(self, dy: np.ndarray, room: Room) -> np.ndarray:
+    def back(self, dy: np.ndarray, room: ArrayPool) -> np.ndarray:
         """Return W' dy."""
         return self._product(self.by_column, dy, room)
 
     @staticmethod
-    def _product(arrays: tuple[np.ndarray, ...], x: np.ndarray, room: Room) -> np.ndarray:
+    def _product(arrays: tuple[np.ndarray, ...], x: np.ndarray, room: ArrayPool) -> np.ndarray:
         y = room.take(len(arrays[0]) - 1, x.shape[1])
         multiply_lines(*arrays, x[None], y[None], 0, 1, 0, len(y))
         return y

@@ -9,7 +9,7 @@ whole vectors of tokens. The sums of 128 tokens stay in registers during the loo
 of n x 128 floats stays in the caches. Short rows are laid end to end (storage n b t), so that the vectors are full.
 
 Only the CPU has these kernels. On other devices, and above the density at which the kernels stop paying, products are dense. For
-inference a fixed rule decides (`pays`), so that explanations are reproducible; for training a measurement does (`worth_it`).
+inference a fixed rule decides (`pays`), so that explanations are reproducible; for training a measurement (`is_faster_than_dense`).
 
 Shape legend: b batch row, t token, n inputs, m outputs, p nonzeros, v vocabulary.
 """
@@ -26,7 +26,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bridge.kernels.cpu import in_parallel
+from bridge.kernels.cpu import run_in_parallel
 from bridge.kernels.lanes import (
     TOKENS,
     compiled,
@@ -91,7 +91,7 @@ class Pattern:
 
 
 @dataclass
-class Compact:
+class SparseMatrix:
     """A matrix stored as the pattern and values of its nonzeros.
 
     gradient_mn, if set, collects the dense gradient of a backward pass, which decides where an updated mask grows. source
@@ -105,18 +105,20 @@ class Compact:
     _gathered: tuple[tuple[int, int], Tensor] | None = None
 
     @staticmethod
-    def of(weight_mn: Tensor) -> Compact:
+    def of(weight_mn: Tensor) -> SparseMatrix:
         """Make the compact form of a dense matrix."""
         index_p = weight_mn.detach().reshape(-1).nonzero().flatten()
         shape = (weight_mn.shape[0], weight_mn.shape[1])
-        return Compact(Pattern.at(index_p, shape), weight_mn.detach().reshape(-1)[index_p].clone(), source=source_of(weight_mn))
+        return SparseMatrix(
+            Pattern.at(index_p, shape), weight_mn.detach().reshape(-1)[index_p].clone(), source=weight_version(weight_mn)
+        )
 
     @property
     def by_column_p(self) -> Tensor:
         """The values in column order; gathered only once if they are not trained."""
         if self.value_p.requires_grad:
             return self.value_p.detach()[self.pattern.order_p]
-        state = source_of(self.value_p)
+        state = weight_version(self.value_p)
         if self._gathered is None or self._gathered[0] != state:
             self._gathered = (state, self.value_p[self.pattern.order_p])
         return self._gathered[1]
@@ -128,25 +130,25 @@ class Compact:
         return weight_mn
 
 
-def source_of(weight_mn: Tensor) -> tuple[int, int]:
+def weight_version(weight_mn: Tensor) -> tuple[int, int]:
     """Return a key that distinguishes a weight and its state from others during its lifetime: its storage and its version."""
     return weight_mn.data_ptr(), weight_mn._version
 
 
-def tokens_inside(x_btn: Tensor) -> Tensor:
+def tokens_innermost(x_btn: Tensor) -> Tensor:
     """Return activations in float32, stored with their tokens innermost; differentiable."""
     b, t, n = x_btn.shape
-    if _end_to_end(b, t):  # as a transposed matrix, for which torch has a blocked copy
+    if _concatenates_rows(b, t):  # as a transposed matrix, for which torch has a blocked copy
         return x_btn.float().reshape(b * t, n).t().contiguous().view(n, b, t).permute(1, 2, 0)
     return x_btn.float().transpose(1, 2).contiguous().transpose(1, 2)
 
 
-def sparse_linear(x_btn: Tensor, matrix: Compact, bias_m: Tensor | None = None) -> Tensor:
+def sparse_linear(x_btn: Tensor, matrix: SparseMatrix, bias_m: Tensor | None = None) -> Tensor:
     """Return y_btm = x W' + b in float32, differentiable in x, the nonzeros' values and the bias."""
     return _SparseLinear.apply(x_btn, matrix.value_p, bias_m, matrix)  # type: ignore[no-any-return]
 
 
-def sparse_embedding(tokens_bt: Tensor, matrix: Compact) -> Tensor:
+def sparse_embedding(tokens_bt: Tensor, matrix: SparseMatrix) -> Tensor:
     """Return x_btn, the tokens' rows of a table that is stored by its nonzeros; differentiable in their values."""
     return _SparseEmbedding.apply(tokens_bt, matrix.value_p, matrix)  # type: ignore[no-any-return]
 
@@ -157,7 +159,7 @@ def pays(weight_mn: Tensor) -> bool:
 
 
 @cache
-def worth_it(m: int, n: int, density: float, tokens: int, dtype: torch.dtype) -> bool:
+def is_faster_than_dense(m: int, n: int, density: float, tokens: int, dtype: torch.dtype) -> bool:
     """Return whether a sparse product of these sizes, forward and backward, takes less than .9 of a dense one's time in dtype."""
     if m * n < SMALLEST:
         return False
@@ -165,10 +167,10 @@ def worth_it(m: int, n: int, density: float, tokens: int, dtype: torch.dtype) ->
     generator = torch.Generator().manual_seed(0)
     weight_mn = torch.rand(m, n, generator=generator)
     weight_mn = torch.where(weight_mn < density, weight_mn / density, 0)
-    matrix, x_btn = Compact.of(weight_mn), torch.randn(rows, length, n, generator=generator).requires_grad_()
+    matrix, x_btn = SparseMatrix.of(weight_mn), torch.randn(rows, length, n, generator=generator).requires_grad_()
     matrix.value_p.requires_grad_()
     weight_mn.requires_grad_()
-    inside_btn = tokens_inside(x_btn.detach()).requires_grad_()
+    inside_btn = tokens_innermost(x_btn.detach()).requires_grad_()
     times: list[list[float]] = [[], []]
     for turn in range(4):
         for contender, seconds in enumerate(times):
@@ -181,7 +183,7 @@ def worth_it(m: int, n: int, density: float, tokens: int, dtype: torch.dtype) ->
     return min(times[0]) < 0.9 * min(times[1])
 
 
-def _end_to_end(rows: int, tokens: int) -> bool:
+def _concatenates_rows(rows: int, tokens: int) -> bool:
     """Return whether rows are laid end to end."""
     return rows > 1 and tokens < SHORT
 
@@ -189,18 +191,18 @@ def _end_to_end(rows: int, tokens: int) -> bool:
 def _stored(x_btn: Tensor) -> Tensor:
     """Return activations in the kernels' layout: x_bnt, contiguous; rows laid end to end count as one row."""
     b, t, n = x_btn.shape
-    inside_btn = tokens_inside(x_btn.detach())
-    return inside_btn.permute(2, 0, 1).reshape(1, n, b * t) if _end_to_end(b, t) else inside_btn.transpose(1, 2)
+    inside_btn = tokens_innermost(x_btn.detach())
+    return inside_btn.permute(2, 0, 1).reshape(1, n, b * t) if _concatenates_rows(b, t) else inside_btn.transpose(1, 2)
 
 
 def _logical(x_bnt: Tensor, rows: int, tokens: int) -> Tensor:
     """Return the view, of shape b t n, of activations in the kernels' layout."""
-    return x_bnt.view(-1, rows, tokens).permute(1, 2, 0) if _end_to_end(rows, tokens) else x_bnt.transpose(1, 2)
+    return x_bnt.view(-1, rows, tokens).permute(1, 2, 0) if _concatenates_rows(rows, tokens) else x_bnt.transpose(1, 2)
 
 
 class _SparseLinear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x_btn: Tensor, value_p: Tensor, bias_m: Tensor | None, matrix: Compact) -> Tensor:
+    def forward(ctx: Any, x_btn: Tensor, value_p: Tensor, bias_m: Tensor | None, matrix: SparseMatrix) -> Tensor:
         pattern = matrix.pattern
         x_bnt = _stored(x_btn)
         start, index, no_bias = pattern.by_row
@@ -221,7 +223,7 @@ class _SparseLinear(torch.autograd.Function):
             dvalue_p = torch.zeros_like(value_p)
             arrays = [*pattern.by_row[:2], *(tensor.numpy() for tensor in (x_bnt, dy_bmt, dvalue_p))]
             work = len(dvalue_p) * x_bnt.shape[0] * x_bnt.shape[2] // 16
-            in_parallel(lambda first, last: _inner_lines(*arrays, first, last), pattern.shape[0], work)
+            run_in_parallel(lambda first, last: _add_value_gradients(*arrays, first, last), pattern.shape[0], work)
         if ctx.needs_input_grad[2]:
             dbias_m = dy_bmt.sum((0, 2))
         if ctx.matrix.gradient_mn is not None:
@@ -232,11 +234,11 @@ class _SparseLinear(torch.autograd.Function):
 
 class _SparseEmbedding(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, tokens_bt: Tensor, value_p: Tensor, matrix: Compact) -> Tensor:
+    def forward(ctx: Any, tokens_bt: Tensor, value_p: Tensor, matrix: SparseMatrix) -> Tensor:
         pattern = matrix.pattern
         b, t = tokens_bt.shape
         n = pattern.shape[1]
-        x_bnt = torch.zeros(n, b, t).transpose(0, 1) if _end_to_end(b, t) else torch.zeros(b, n, t)
+        x_bnt = torch.zeros(n, b, t).transpose(0, 1) if _concatenates_rows(b, t) else torch.zeros(b, n, t)
         _look_up(*pattern.by_row[:2], value_p.detach().numpy(), tokens_bt.numpy(), x_bnt.numpy())
         ctx.save_for_backward(tokens_bt, value_p)
         ctx.matrix, ctx.pattern = matrix, pattern
@@ -261,9 +263,9 @@ def _multiplied(start: np.ndarray, index: np.ndarray, value_p: Tensor, bias_m: T
     blocks, lines = x_bnt.shape[0], y_bmt.shape[1]
     work = len(index) * x_bnt.shape[0] * x_bnt.shape[2] // 16
     if blocks >= torch.get_num_threads():
-        in_parallel(lambda first, last: multiply_lines(*arrays, first, last, 0, lines), blocks, work)
+        run_in_parallel(lambda first, last: multiply_lines(*arrays, first, last, 0, lines), blocks, work)
     else:
-        in_parallel(lambda first, last: multiply_lines(*arrays, 0, blocks, first, last), lines, work)
+        run_in_parallel(lambda first, last: multiply_lines(*arrays, 0, blocks, first, last), lines, work)
     return y_bmt
 
 
@@ -299,7 +301,7 @@ def multiply_lines(
 
 
 @compiled
-def _inner_lines(
+def _add_value_gradients(
     start: np.ndarray, index: np.ndarray, x: np.ndarray, y: np.ndarray, out: np.ndarray, first: int, last: int
 ) -> None:
     n, tokens, m = x.shape[1], x.shape[2], y.shape[1]

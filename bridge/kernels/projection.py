@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bridge.kernels.cpu import INFINITE, in_parallel
+from bridge.kernels.cpu import INFINITY_BITS, run_in_parallel
 from bridge.kernels.lanes import compiled, count_words
 
 CHUNK = 256  # words of a weight matrix counted at a time
@@ -27,7 +27,7 @@ def project_(weight: Tensor, k: int, hint: float | None = None) -> float:
     limit = np.array([threshold], np.int32).view(np.float32)[0]
     if room < 0:
         flat = weight.detach().view(-1).numpy()
-        in_parallel(lambda start, stop: _zero_below(flat[start:stop], limit), len(flat), len(flat))
+        run_in_parallel(lambda start, stop: _zero_below(flat[start:stop], limit), len(flat), len(flat))
     else:
         _zero_below_ties(bits, threshold, room)
     return float(limit)
@@ -41,12 +41,12 @@ def _threshold(bits: np.ndarray, k: int, hint: float | None) -> tuple[int, int]:
         at = int(np.array([hint], np.float32).view(np.int32)[0])
         brackets += [(at - (1 << 15), at + (1 << 15)), (at - (1 << 18), at + (1 << 18))]  # within .4 %, within 3 %
     elif size > 8 * SAMPLE:
-        seen = np.sort(np.minimum(bits[:: size // SAMPLE] & 0x7FFFFFFF, INFINITE))[::-1]
+        seen = np.sort(np.minimum(bits[:: size // SAMPLE] & 0x7FFFFFFF, INFINITY_BITS))[::-1]
         middle, margin = k * len(seen) / size, 4 * (k * len(seen) / size) ** 0.5 + 8
         above, below = int(middle - margin), int(middle + margin)
-        brackets.append((int(seen[min(below, len(seen) - 1)]), int(seen[above]) + 1 if above >= 0 else INFINITE + 1))
+        brackets.append((int(seen[min(below, len(seen) - 1)]), int(seen[above]) + 1 if above >= 0 else INFINITY_BITS + 1))
     for low, high in brackets:
-        low, high = max(low, 1), min(high, INFINITE + 1)
+        low, high = max(low, 1), min(high, INFINITY_BITS + 1)
         found = _select(bits, k, low, high)
         if found is not None:
             return found
@@ -62,7 +62,7 @@ def _select(bits: np.ndarray, k: int, low: int, high: int) -> tuple[int, int] | 
         _collect(bits[start:stop], low, high, inside, counts)
         parts.append((inside[: counts[0] - counts[1]], int(counts[1])))
 
-    in_parallel(collect, len(bits), len(bits))
+    run_in_parallel(collect, len(bits), len(bits))
     above, within = sum(over for _, over in parts), sum(len(inside) for inside, _ in parts)
     if not above < k <= above + within:
         return None
@@ -91,19 +91,19 @@ def _collect(bits: np.ndarray, low: int, high: int, inside: np.ndarray, counts: 
             for j in range(at, stop):
                 word = bits[j] & 0x7FFFFFFF
                 if low <= word:
-                    word = min(word, INFINITE)
+                    word = min(word, INFINITY_BITS)
                     if word < high:
                         inside[found] = word
                         found += 1
         else:
             for j in range(at, stop):
-                word = min(bits[j] & 0x7FFFFFFF, INFINITE)
+                word = min(bits[j] & 0x7FFFFFFF, INFINITY_BITS)
                 counts[0] += word >= low
                 counts[1] += word >= high
                 if low <= word < high:
                     inside[found] = word
                     found += 1
-    if high > INFINITE:  # a NaN counts as infinite, which is below this bound
+    if high > INFINITY_BITS:  # a NaN counts as infinite, which is below this bound
         counts[1] = 0
 
 
@@ -112,14 +112,14 @@ def _by_histogram(bits: np.ndarray, k: int) -> tuple[int, int]:
     """Return the result of `_threshold` by two passes, over the upper and the lower halves of magnitudes, without a bracket."""
     histogram = np.zeros(1 << 16, np.int64)
     for j in range(bits.shape[0]):
-        histogram[min(bits[j] & 0x7FFFFFFF, INFINITE) >> 16] += 1
+        histogram[min(bits[j] & 0x7FFFFFFF, INFINITY_BITS) >> 16] += 1
     room, upper = k, (1 << 16) - 1
     while histogram[upper] < room:
         room -= histogram[upper]
         upper -= 1
     histogram[:] = 0
     for j in range(bits.shape[0]):
-        magnitude = min(bits[j] & 0x7FFFFFFF, INFINITE)
+        magnitude = min(bits[j] & 0x7FFFFFFF, INFINITY_BITS)
         if magnitude >> 16 == upper:
             histogram[magnitude & 0xFFFF] += 1
     lower = (1 << 16) - 1
@@ -138,7 +138,7 @@ def _zero_below(flat: np.ndarray, limit: np.float32) -> None:
 @compiled
 def _zero_below_ties(bits: np.ndarray, threshold: int, room: int) -> None:
     for j in range(bits.shape[0]):
-        magnitude = min(bits[j] & 0x7FFFFFFF, INFINITE)
+        magnitude = min(bits[j] & 0x7FFFFFFF, INFINITY_BITS)
         if magnitude < threshold:
             bits[j] = 0
         elif magnitude == threshold:

@@ -40,7 +40,7 @@ def gelu(x: Tensor) -> Tensor:
     return F.gelu(x, approximate="tanh")
 
 
-def normed(x: Tensor, scale: Callable[[Tensor], Tensor]) -> Tensor:
+def apply_norm(x: Tensor, scale: Callable[[Tensor], Tensor]) -> Tensor:
     """Return x scale(x), with scale(x) = 1 / sqrt(mean square of the last axis + a constant); differentiable in x."""
     return _Normed.apply(x, scale)  # type: ignore[no-any-return]
 

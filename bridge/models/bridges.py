@@ -30,13 +30,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bridge.huggingface.identity import Identity
-from bridge.kernels.products import source_of
+from bridge.kernels.products import weight_version
 from bridge.kernels.top_k import abs_top_k
 from bridge.models.dense import DenseModel, DenseModelError, load_dense
 from bridge.models.residual import Enter
 from bridge.models.span import DenseSpan, SparseSpan, dense_of
 from bridge.models.sparse import SparseTransformer
-from bridge.models.store import CheckpointError, pack_nonzeros, read_folder, refused_unless_read, unpack_nonzeros, write_folder
+from bridge.models.store import CheckpointError, pack_nonzeros, read_folder, refuse_unreadable, unpack_nonzeros, write_folder
 from bridge.recipe import Recipe, resolve
 
 FORMAT = 2
@@ -120,7 +120,7 @@ class CoupledModels:
     recipe: Recipe
     reference_bt: Tensor | None = None
     path: str | None = None
-    _known: dict[Any, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
+    _cache: dict[Any, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         if not self.dense.n_sites == self.sparse.n_sites == len(self.bridges):
@@ -138,7 +138,7 @@ class CoupledModels:
                     "the sparse model belongs to a span, but the dense model is a whole model; give the span (`dense_of`)"
                 )
             first, last = self.bridges[0], self.bridges[self.n_sites - 1]
-            object.__setattr__(self, "sparse", self.sparse.join(self.dense, first.encode, last.decode))
+            object.__setattr__(self, "sparse", self.sparse.attach_ends(self.dense, first.encode, last.decode))
 
     @property
     def n_sites(self) -> int:
@@ -176,10 +176,10 @@ class CoupledModels:
         """Return compute() on some text, cached while weights and text stay the same; one value is cached for each `what`."""
         weights = [*self.dense.model.parameters(), *self.sparse.parameters()]
         text = hashlib.sha256(tokens_bt.detach().cpu().long().numpy().tobytes()).digest()
-        state = (text, tokens_bt.shape, *(source_of(weight) for weight in weights))
-        if what not in self._known or self._known[what][0] != state:
-            self._known[what] = (state, compute())
-        return self._known[what][1]
+        state = (text, tokens_bt.shape, *(weight_version(weight) for weight in weights))
+        if what not in self._cache or self._cache[what][0] != state:
+            self._cache[what] = (state, compute())
+        return self._cache[what][1]
 
     def dense_to_sparse(self, tokens_bt: Tensor, dense_residuals: Sequence[Tensor], site: int) -> Tensor:
         """Return logits_btv of the hybrid that is dense up to `site` (its residuals given), encoded there, sparse to the end."""
@@ -215,16 +215,16 @@ class CoupledModels:
         are not fitted. Raises CheckpointError if files are missing or damaged, or if the dense model is not the one that was
         coupled; the error says how it differs.
         """
-        folder = folder_of(path)
+        folder = local_folder(path)
         tensors, facts = read_folder(folder, "coupling")
         if facts.get("format") != FORMAT:
             found = facts.get("format")
             raise CheckpointError(
                 f"{str(folder)!r}", f"has format {found!r}, but this version of bridge reads {FORMAT}", "fit it again"
             )
-        with refused_unless_read(f"{str(folder)!r}", "coupling", "fit it again"):
+        with refuse_unreadable(f"{str(folder)!r}", "coupling", "fit it again"):
             recipe, known = resolve(facts["recipe"]), facts["dense"]
-            sparse = sparse_of(recipe, tuple(known["sublayers"]), known["vocabulary"])
+            sparse = new_sparse_model(recipe, tuple(known["sublayers"]), known["vocabulary"])
             bridges = Bridges(sparse.n_sites, known["width"], sparse.width, sparse.keep)
             identity, fitted_to = Identity.read(known), known["name"]
             texts = (fitted_to, known.get("beside") or "", known.get("adapter_beside") or "")
@@ -301,8 +301,8 @@ class CoupledModels:
         name = dense.found_at(self.recipe.adapter) or dense.name
         return {
             "name": name,
-            "beside": _beside(path, name),
-            "adapter_beside": _beside(path, self.recipe.adapter),
+            "beside": _relative_path(path, name),
+            "adapter_beside": _relative_path(path, self.recipe.adapter),
             "revision": dense.revision,
             **dense.identity().to_json(),
             **shape_facts(dense),
@@ -347,7 +347,7 @@ def _check_numbers(folder: Path, tensors: dict[str, Tensor], vocabulary: int) ->
         )
 
 
-def folder_of(path: str | Path) -> Path:
+def local_folder(path: str | Path) -> Path:
     """Return the path itself, or the folder of a fetched hub id. Raises CheckpointError if the id cannot be fetched."""
     if Path(path).exists() or str(path).count("/") != 1 or str(path).startswith((".", "/", "~")):
         return Path(path)
@@ -363,14 +363,14 @@ def folder_of(path: str | Path) -> Path:
 
 def reference_text(path: str | Path) -> Tensor | None:
     """Return reference_bt, if any, of the coupling in a folder or on the hub. Raises CheckpointError if there is no coupling."""
-    return _reference(read_folder(folder_of(path), "coupling")[0])
+    return _reference(read_folder(local_folder(path), "coupling")[0])
 
 
 def _reference(tensors: dict[str, Tensor]) -> Tensor | None:
     return tensors["reference_bt"].long() if "reference_bt" in tensors else None
 
 
-def _beside(path: str | Path | None, name: str | None) -> str | None:
+def _relative_path(path: str | Path | None, name: str | None) -> str | None:
     """Return a model's path relative to the coupling's folder, or None if either is not on this machine."""
     return os.path.relpath(name, path) if path and name and Path(name).exists() else None
 
@@ -386,12 +386,12 @@ def _locate(folder: Path, name: str, beside: str | None) -> str:
 
 def new_coupling(dense: DenseModel, recipe: Recipe) -> CoupledModels:
     """Return an untrained coupling of the recipe's shape; its width and context must be resolved for the dense model."""
-    sparse = sparse_of(recipe, dense.sublayers, dense.vocabulary)
+    sparse = new_sparse_model(recipe, dense.sublayers, dense.vocabulary)
     bridges = Bridges(dense.n_sites, dense.width, sparse.width, sparse.keep, seed=recipe.seed)
     return CoupledModels(dense, sparse.to(dense.device), bridges.to(dense.device), recipe)
 
 
-def sparse_of(recipe: Recipe, sublayers: tuple[str, ...], vocabulary: int) -> SparseTransformer:
+def new_sparse_model(recipe: Recipe, sublayers: tuple[str, ...], vocabulary: int) -> SparseTransformer:
     """Return the untrained sparse model of a recipe, with the kinds of sublayer of the dense model or span."""
     kind = SparseTransformer if recipe.sparse.blocks is None else SparseSpan
     return kind(recipe.sparse, sublayers, vocabulary, recipe.data.context or 1, seed=recipe.seed)

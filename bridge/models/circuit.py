@@ -95,11 +95,11 @@ class NodeSpace:
         """Return x_rf from x_rtn per location."""
         return torch.cat([parts[location].flatten(-2) for location in self.sizes], -1)
 
-    def by_location(self, values: Iterable[int]) -> Tensor:
+    def repeat_by_location(self, values: Iterable[int]) -> Tensor:
         """Return x_f with one value for all nodes of a location; the values are given in the order of the locations."""
         return torch.tensor(list(values)).repeat_interleave(torch.tensor([self.n_tokens * n for n in self.sizes.values()]))
 
-    def places(self, node_k: Tensor) -> Iterator[tuple[Location, Tensor, Tensor]]:
+    def indices_by_location(self, node_k: Tensor) -> Iterator[tuple[Location, Tensor, Tensor]]:
         """Yield (location, which of node_k are there, their places t * n + index) for each location of some nodes."""
         start = 0
         for location, n in self.sizes.items():
@@ -108,7 +108,7 @@ class NodeSpace:
                 yield location, here_k, node_k[here_k] - start
             start += self.n_tokens * n
 
-    def place(self, node: Node) -> int:
+    def index_of(self, node: Node) -> int:
         """Return the index of a node in the row."""
         start = 0
         for location, n in self.sizes.items():

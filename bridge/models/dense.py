@@ -45,7 +45,7 @@ from bridge.huggingface.site_discovery import (
     watch_blocks,
     wire,
 )
-from bridge.models.dense_run import DenseRun, Reached, exclusive, under_way
+from bridge.models.dense_run import DenseRun, Reached, active_runs, lock_runs
 from bridge.models.residual import EMBEDDING, Enter, Trace, check_sites
 
 if TYPE_CHECKING:
@@ -100,9 +100,9 @@ class DenseModel:
             self.blocks = wire(who, calls)
             kinds = (("parallel",) if block.middle is None else ("attn", "mlp") for block in self.blocks)
             self.sublayers: tuple[str, ...] = tuple(kind for block in kinds for kind in block)
-            self._hands_on = False
+            self._skips_blocks = False
             self.parity = _check_parity(self, who, tokens_bt, logits_btv)
-            self._hands_on = _resumes_alone(self, tokens_bt, self.parity.tolerance)
+            self._skips_blocks = _can_skip_blocks(self, tokens_bt, self.parity.tolerance)
 
     @property
     def n_sites(self) -> int:
@@ -135,21 +135,21 @@ class DenseModel:
         The trace has the residual of every row at every site; before a row's entry it is computed from the row's tokens. If every
         row enters after a block, the block's sites have no rows. With last_only the logits are those of the last position (b1v).
         """
-        with self._under_way(tokens_bt, enter) as run:
+        with self._hooked_run(tokens_bt, enter) as run:
             logits_btv = forward(self.model, tokens_bt, last_only=last_only)
         return Trace(self.leaves(logits_btv), self._leave(run.trace(self.n_sites)))
 
     def residuals(self, tokens_bt: Tensor, until: int, enter: Enter | None = None) -> tuple[Tensor, ...]:
         """Return x_btd at every site up to and including `until`, as `run` gives them; the model stops there."""
-        with self._under_way(tokens_bt, enter, until) as run, suppress(Reached):
+        with self._hooked_run(tokens_bt, enter, until) as run, suppress(Reached):
             forward(self.model, tokens_bt)
         return self._leave(run.trace(until + 1))
 
     def leaves(self, x: Tensor) -> Tensor:
         """Return a tensor as it leaves the model: on the device of the tokens, in float32 if the weights have half precision.
 
-        A residual that enters is cast at its entry (`DenseRun.place`); one that left the model enters again unchanged. So code
-        outside a dense model need not know its precision, nor that it may be spread over devices.
+        A residual that enters is cast at its entry (`DenseRun.replace_entering_rows`); one that left the model enters again
+        unchanged. So code outside a dense model need not know its precision, nor that it may be spread over devices.
         """
         half = self.dtype.itemsize < torch.float32.itemsize
         return x.to(self.device, torch.float32 if half else x.dtype)
@@ -164,7 +164,7 @@ class DenseModel:
 
     def identity(self) -> Identity:
         """Return the identity of this model as it is now: its digests, and facts that tell how another model differs."""
-        with exclusive():
+        with lock_runs():
             return identity_of(self.model, self.context)
 
     def found_at(self, adapter: str | None = None) -> str | None:
@@ -182,7 +182,7 @@ class DenseModel:
         return where if self.identity().difference(there.identity()) is None else None
 
     @contextmanager
-    def _under_way(self, tokens_bt: Tensor, enter: Enter | None, until: int | None = None) -> Iterator[DenseRun]:
+    def _hooked_run(self, tokens_bt: Tensor, enter: Enter | None, until: int | None = None) -> Iterator[DenseRun]:
         """Check a batch and yield its run, with the run's hooks on the model for as long as the context lasts."""
         if self.context is not None and tokens_bt.shape[1] > self.context:
             raise ValueError(f"{tokens_bt.shape[1]} tokens are more than the {self.context} positions that {self.name} has")
@@ -194,26 +194,26 @@ class DenseModel:
                 raise ValueError(
                     f"{given} cannot enter a run whose residual has shape {wanted}; each row needs one site and one residual"
                 )
-        run, site = DenseRun(enter, self.n_sites, tokens_bt.device, until, hands_on=self._hands_on), 0
-        with exclusive(), ExitStack() as hooks:
+        run, site = DenseRun(enter, self.n_sites, tokens_bt.device, until, skips_blocks=self._skips_blocks), 0
+        with lock_runs(), ExitStack() as hooks:
             for block in self.blocks:
-                middle, behind = site + 1, site + (1 if block.middle is None else 2)
-                if behind <= run.first:
-                    hooks.enter_context(run.handing_on(block))
+                middle, next_site = site + 1, site + (1 if block.middle is None else 2)
+                if next_site <= run.first:
+                    hooks.enter_context(run.skip_block(block))
                 else:
                     before = partial(run.before_block, site, block.middle is not None)
                     hooks.enter_context(block.module.register_forward_pre_hook(before, with_kwargs=True))
                     if block.middle is not None:
-                        if run.anyone_enters(middle):
+                        if run.has_entering_rows(middle):
                             after = partial(run.after_writer, middle, block.middle.sums)
                             hooks.enter_context(block.middle.writer.register_forward_hook(after))
                         reads = partial(run.before_reader, middle)
                         hooks.enter_context(block.middle.reader.register_forward_pre_hook(reads, with_kwargs=True))
-                site = behind
+                site = next_site
             last = partial(run.after_last, site)
             hooks.enter_context(self.blocks[-1].module.register_forward_hook(last))
-            under_way.append(run)
-            hooks.callback(under_way.pop)
+            active_runs.append(run)
+            hooks.callback(active_runs.pop)
             yield run
 
 
@@ -376,9 +376,9 @@ def _check_parity(dense: DenseModel, who: str, tokens_bt: Tensor, logits_btv: Te
     for first in range(0, dense.n_sites, PROBE_ROWS - 1):
         sites = [*range(first, min(first + PROBE_ROWS - 1, dense.n_sites))]
         site_b = torch.tensor([EMBEDDING, *sites, *[EMBEDDING] * (PROBE_ROWS - 1 - len(sites))])
-        other_b = torch.where(site_b == EMBEDDING, 0, -1) + torch.arange(PROBE_ROWS)  # the row whose logits each should give
-        x_btd = torch.stack([plain.residuals[site][row] for site, row in zip(site_b.tolist(), other_b.tolist(), strict=True)])
-        error_btv = dense.run(tokens_bt, Enter(site_b, x_btd)).logits_btv - logits_btv[other_b]
+        donor_b = torch.where(site_b == EMBEDDING, 0, -1) + torch.arange(PROBE_ROWS)  # the row whose logits each should give
+        x_btd = torch.stack([plain.residuals[site][row] for site, row in zip(site_b.tolist(), donor_b.tolist(), strict=True)])
+        error_btv = dense.run(tokens_bt, Enter(site_b, x_btd)).logits_btv - logits_btv[donor_b]
         bystander = largest(error_btv[site_b == EMBEDDING])
         errors += [max(bystander, largest(error_tv)) for error_tv in error_btv[site_b != EMBEDDING]]
     for site, error in enumerate(errors):
@@ -392,10 +392,10 @@ def _check_parity(dense: DenseModel, who: str, tokens_bt: Tensor, logits_btv: Te
     return Parity(tuple(errors), tolerance)
 
 
-def _resumes_alone(dense: DenseModel, tokens_bt: Tensor, tolerance: float) -> bool:
+def _can_skip_blocks(dense: DenseModel, tokens_bt: Tensor, tolerance: float) -> bool:
     """Return whether blocks can be skipped if every row enters after them; tested at the last site, and half way there."""
     plain = dense.run(tokens_bt)
-    dense._hands_on = True
+    dense._skips_blocks = True
     for site in (dense.n_sites // 2, dense.n_sites - 1):
         try:
             logits_btv = dense.run(tokens_bt, Enter.at(site, plain.residuals[site])).logits_btv

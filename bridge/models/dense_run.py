@@ -18,10 +18,10 @@ from bridge.models.residual import EMBEDDING, Enter
 
 # The hooks are on the model during a run, so there is one run at a time; the hooks of an outer run ignore a run inside it.
 _ONE_AT_A_TIME = threading.RLock()
-under_way: list[DenseRun] = []
+active_runs: list[DenseRun] = []
 
 
-def exclusive() -> AbstractContextManager[Any]:
+def lock_runs() -> AbstractContextManager[Any]:
     """Return a context in which no other thread runs a dense model, for code that puts its own hooks on one."""
     return _ONE_AT_A_TIME
 
@@ -34,11 +34,11 @@ class DenseRun:
     """One run: the rows that enter, sorted by site so that the rows of a site are one slice, and the recorded residuals."""
 
     def __init__(
-        self, enter: Enter | None, n_sites: int, device: torch.device, until: int | None = None, *, hands_on: bool = False
+        self, enter: Enter | None, n_sites: int, device: torch.device, until: int | None = None, *, skips_blocks: bool = False
     ) -> None:
         self.residuals: dict[int, Tensor] = {}
         self.until = until
-        self.first = int(enter.site_b.min()) if enter is not None and hands_on else EMBEDDING  # earliest entry of any row
+        self.first = int(enter.site_b.min()) if enter is not None and skips_blocks else EMBEDDING  # earliest entry of any row
         self._none_btd = None if enter is None else enter.x_btd[:0]
         self._bounds = [0] * (n_sites + 1)  # the rows that enter at a site are row_b[bounds[site] : bounds[site + 1]]
         if enter is not None:  # sorted on the CPU, where the sites are, so that nothing waits for the device
@@ -53,20 +53,20 @@ class DenseRun:
         given = (self.residuals.get(site, self._none_btd) for site in range(n_sites))
         return tuple(x_btd for x_btd in given if x_btd is not None)
 
-    def saw(self, site: int, x_btd: Tensor) -> None:
+    def record(self, site: int, x_btd: Tensor) -> None:
         """Record the residual at a site, and stop the run if it is the last site that was asked for."""
         self.residuals[site] = x_btd
         if site == self.until:
             raise Reached
 
     @contextmanager
-    def handing_on(self, block: DenseBlock) -> Iterator[None]:
+    def skip_block(self, block: DenseBlock) -> Iterator[None]:
         """Make the block pass its input on unchanged in this run, for as long as the context lasts."""
         module, mine = block.module, vars(block.module).get("forward")
         usual = module.forward
 
         def forward(*args: Any, **kwargs: Any) -> Any:
-            return block.handing_on(args, kwargs) if under_way[-1] is self else usual(*args, **kwargs)
+            return block.handing_on(args, kwargs) if active_runs[-1] is self else usual(*args, **kwargs)
 
         module.forward = forward
         try:
@@ -77,13 +77,13 @@ class DenseRun:
             else:
                 module.forward = mine
 
-    def anyone_enters(self, site: int) -> bool:
+    def has_entering_rows(self, site: int) -> bool:
         """Return whether a row enters at a site."""
         return self._bounds[site] < self._bounds[site + 1]
 
-    def place(self, site: int, x_btd: Tensor) -> Tensor:
+    def replace_entering_rows(self, site: int, x_btd: Tensor) -> Tensor:
         """Return x_btd with the rows that enter at the site replaced by their residuals."""
-        if not self.anyone_enters(site):
+        if not self.has_entering_rows(site):
             return x_btd
         here = slice(self._bounds[site], self._bounds[site + 1])
         row_b = self._row_b[here].to(x_btd.device)  # a model may be spread over devices
@@ -91,23 +91,23 @@ class DenseRun:
 
     def before_block(self, site: int, has_middle: bool, _module: nn.Module, args: tuple, kwargs: dict) -> Any:
         """Pre-hook of a block: the residuals of rows that enter there, or at its middle, replace its input."""
-        if under_way[-1] is not self:
+        if active_runs[-1] is not self:
             return None
         given_btd = first_tensor(args, kwargs)
         self._shape = given_btd.shape
-        x_btd = self.place(site, given_btd)
-        self.saw(site, x_btd)
+        x_btd = self.replace_entering_rows(site, given_btd)
+        self.record(site, x_btd)
         if has_middle:  # `after_writer` cancels what the first sublayer writes to rows that enter after it
-            x_btd = self.place(site + 1, x_btd)
+            x_btd = self.replace_entering_rows(site + 1, x_btd)
         return None if x_btd is given_btd else with_first_tensor(args, kwargs, x_btd)
 
     def after_writer(self, site: int, sums: bool, _module: nn.Module, _args: tuple, output: Any) -> Any:
         """Hook of a first sublayer's writer: cancel what it wrote to rows that enter after it."""
-        if under_way[-1] is not self:
+        if active_runs[-1] is not self:
             return None
         written = output_tensor(output)
         if sums:
-            placed = self.place(site, self._by_row(written))
+            placed = self.replace_entering_rows(site, self._by_row(written))
         else:
             here = slice(self._bounds[site], self._bounds[site + 1])
             placed = self._by_row(written).index_fill(0, self._row_b[here].to(written.device), 0)
@@ -115,15 +115,15 @@ class DenseRun:
 
     def before_reader(self, site: int, _module: nn.Module, args: tuple, kwargs: dict) -> None:
         """Pre-hook of a second sublayer's reader: record the residual."""
-        if under_way[-1] is self:
-            self.saw(site, self._by_row(first_tensor(args, kwargs)))
+        if active_runs[-1] is self:
+            self.record(site, self._by_row(first_tensor(args, kwargs)))
 
     def after_last(self, site: int, _module: nn.Module, _args: tuple, output: Any) -> Any:
         """Hook of the last block: the residuals of rows that enter at the last site replace its output."""
-        if under_way[-1] is not self:
+        if active_runs[-1] is not self:
             return None
-        x_btd = self.place(site, output_tensor(output))
-        self.saw(site, x_btd)
+        x_btd = self.replace_entering_rows(site, output_tensor(output))
+        self.record(site, x_btd)
         return None if x_btd is output_tensor(output) else with_output_tensor(output, x_btd)
 
     def _by_row(self, x: Tensor) -> Tensor:

@@ -14,7 +14,13 @@ from __future__ import annotations
 ATTENTION_KINDS = ("attn_in", "q", "k", "v", "attn_out")
 MLP_KINDS = ("mlp_in", "mlp_gate", "mlp_act", "mlp_out")  # in the order of the computation
 GATE = "mlp_gate"  # only in gated MLPs
-KINDS = (*ATTENTION_KINDS, "mlp_in", "mlp_act", "mlp_out", GATE)  # this order numbers the kinds, so later ones are at the end
+NODE_KINDS = (
+    *ATTENTION_KINDS,
+    "mlp_in",
+    "mlp_act",
+    "mlp_out",
+    GATE,
+)  # this order numbers the kinds, so later ones are at the end
 ERROR = "error"  # error nodes, added to the residual stream at a site so that it follows the dense model (`circuits/error_nodes`)
 
 MATRICES = {
@@ -36,11 +42,11 @@ def matrices(gated: bool) -> dict[str, tuple[str, str]]:
     return {name: ends for name, ends in MATRICES.items() if gated or GATE not in ends}
 
 
-def activated(gated: bool) -> str:
+def activated_kind(gated: bool) -> str:
     """Return the node kind that the MLP's nonlinearity produces."""
     return GATE if gated else "mlp_act"
 
 
-def output_side(name: str) -> bool:
+def holds_output_side(name: str) -> bool:
     """Return whether a matrix holds the output side of channels or neurons (columns of o, down), not their input side (rows)."""
     return MATRICES[name][1] in WRITE_KINDS

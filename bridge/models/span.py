@@ -24,12 +24,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bridge.kernels.products import source_of, tokens_inside
+from bridge.kernels.products import tokens_innermost, weight_version
 from bridge.models.dense import DenseModel, Parity
-from bridge.models.dense_run import exclusive
+from bridge.models.dense_run import lock_runs
 from bridge.models.residual import EMBEDDING, Enter, Trace, check_sites
 from bridge.models.sparse import SparseTransformer
-from bridge.recipe import blocks_of
+from bridge.recipe import parse_blocks
 
 REMEMBERED = 1 << 30  # bytes of cached dense residuals
 
@@ -41,11 +41,11 @@ class DenseSpan(DenseModel):
         self.__dict__.update(vars(copy(whole)))  # the same model, loaded and checked already
         self.whole, self.first_block = whole, first
         sizes = [1 if block.middle is None else 2 for block in whole.blocks]
-        self.offset = sum(sizes[:first])
-        sites = slice(self.offset, self.offset + sum(sizes[first:last]))
+        self.first_site = sum(sizes[:first])
+        sites = slice(self.first_site, self.first_site + sum(sizes[first:last]))
         self.blocks, self.sublayers = whole.blocks[first:last], whole.sublayers[sites]
         self.parity = Parity(whole.parity.errors[sites.start : sites.stop + 1], whole.parity.tolerance)
-        self._remembered: dict[bytes, list[Tensor]] = {}  # the residual of a row at site 0, and at the model's last site
+        self._row_cache: dict[bytes, list[Tensor]] = {}  # the residual of a row at site 0, and at the model's last site
         self._state: tuple[Any, ...] = ()
 
     @property
@@ -60,7 +60,7 @@ class DenseSpan(DenseModel):
 
     def prefix(self, tokens_bt: Tensor) -> Tensor:
         """Return x_btd at site 0."""
-        return torch.stack([known[0] for known in self._known(tokens_bt)])
+        return torch.stack([known[0] for known in self._cached_rows(tokens_bt)])
 
     def run(self, tokens_bt: Tensor, enter: Enter | None = None, *, last_only: bool = False) -> Trace:
         """Run a batch as the whole model does; rows that do not enter start from their cached residuals."""
@@ -70,42 +70,42 @@ class DenseSpan(DenseModel):
             if bool((from_tokens_b := site_b == EMBEDDING).any()):
                 here_b = from_tokens_b.nonzero().flatten().to(x_btd.device)
                 x_btd = x_btd.index_copy(0, here_b, self.prefix(tokens_bt[here_b]).to(x_btd))
-            trace = self.whole.run(tokens_bt, Enter(site_b.clamp(min=0) + self.offset, x_btd), last_only=last_only)
-            return Trace(trace.logits_btv, self._mine(trace.residuals))
-        known = self._known(tokens_bt)
-        enter = Enter.at(self.offset, torch.stack([row[0] for row in known]))
+            trace = self.whole.run(tokens_bt, Enter(site_b.clamp(min=0) + self.first_site, x_btd), last_only=last_only)
+            return Trace(trace.logits_btv, self._residuals_in_span(trace.residuals))
+        known = self._cached_rows(tokens_bt)
+        enter = Enter.at(self.first_site, torch.stack([row[0] for row in known]))
         if last_only or not all(len(row) > 1 for row in known):
             trace = self.whole.run(tokens_bt, enter, last_only=last_only)
             for row, last_td in zip(known, trace.residuals[-1], strict=True):
                 row[1:] = [last_td.detach().clone()]
-            return Trace(trace.logits_btv, self._mine(trace.residuals))
-        residuals = self._mine(self.whole.residuals(tokens_bt, self.offset + len(self.sublayers), enter))
+            return Trace(trace.logits_btv, self._residuals_in_span(trace.residuals))
+        residuals = self._residuals_in_span(self.whole.residuals(tokens_bt, self.first_site + len(self.sublayers), enter))
         answered = self.whole.run(tokens_bt, Enter.at(self.whole.n_sites - 1, torch.stack([row[1] for row in known])))
         return Trace(answered.logits_btv, residuals)
 
-    def _mine(self, residuals: Sequence[Tensor]) -> tuple[Tensor, ...]:
-        return tuple(residuals[self.offset : self.offset + self.n_sites])
+    def _residuals_in_span(self, residuals: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        return tuple(residuals[self.first_site : self.first_site + self.n_sites])
 
     @torch.no_grad()
-    def _known(self, tokens_bt: Tensor) -> list[list[Tensor]]:
+    def _cached_rows(self, tokens_bt: Tensor) -> list[list[Tensor]]:
         """Return the cached residuals of each row, at least the one at site 0, which is computed if it is missing."""
-        with exclusive():
+        with lock_runs():
             device = self.device.type
             products = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
-            state = (products, *(source_of(weight) for weight in self.model.parameters()))
+            state = (products, *(weight_version(weight) for weight in self.model.parameters()))
             if state != self._state:  # the weights, or the dtype of their products, have changed
                 self._state = state
-                self._remembered.clear()
+                self._row_cache.clear()
             keys = [row.tobytes() for row in tokens_bt.detach().cpu().long().contiguous().numpy()]
-            known = {key: self._remembered[key] for key in keys if key in self._remembered}
+            known = {key: self._row_cache[key] for key in keys if key in self._row_cache}
             if missing := {key: row for row, key in enumerate(keys) if key not in known}:
                 row_b = torch.tensor(list(missing.values()), device=tokens_bt.device)
-                found_btd = self.whole.residuals(tokens_bt[row_b], self.offset)[self.offset]
+                found_btd = self.whole.residuals(tokens_bt[row_b], self.first_site)[self.first_site]
                 known |= {key: [x_td.clone()] for key, x_td in zip(missing, found_btd, strict=True)}
-                self._remembered |= {key: known[key] for key in missing}
+                self._row_cache |= {key: known[key] for key in missing}
                 a_row = 2 * found_btd[0].numel() * found_btd.element_size()
-                while len(self._remembered) > max(len(keys), REMEMBERED // a_row):
-                    del self._remembered[next(iter(self._remembered))]
+                while len(self._row_cache) > max(len(keys), REMEMBERED // a_row):
+                    del self._row_cache[next(iter(self._row_cache))]
             return [known[key] for key in keys]
 
 
@@ -114,7 +114,7 @@ def dense_of(dense: DenseModel, blocks: str | None) -> DenseModel:
     whole = dense.whole if isinstance(dense, DenseSpan) else dense
     if blocks is None:
         return whole
-    first, last = blocks_of(blocks, len(whole.blocks))
+    first, last = parse_blocks(blocks, len(whole.blocks))
     same = isinstance(dense, DenseSpan) and (dense.first_block, len(dense.blocks)) == (first, last - first)
     return dense if same else DenseSpan(whole, first, last)
 
@@ -141,7 +141,7 @@ class SparseSpan(SparseTransformer):
 
     _ends: _Ends | None = None
 
-    def join(self, dense: DenseSpan, encode: Callable[[Tensor], Tensor], decode: Callable[[Tensor], Tensor]) -> SparseSpan:
+    def attach_ends(self, dense: DenseSpan, encode: Callable[[Tensor], Tensor], decode: Callable[[Tensor], Tensor]) -> SparseSpan:
         """Return the model with these ends (encoder and decoder of the bridges); a weight-sharing copy if it has other ends."""
         ends = _Ends(dense, encode, decode)
         joined = self if self._ends in (None, ends) else copy(self)
@@ -150,7 +150,7 @@ class SparseSpan(SparseTransformer):
 
     @property
     def ends(self) -> _Ends:
-        """The dense span and the two maps. Raises ValueError before `join`."""
+        """The dense span and the two maps. Raises ValueError before `attach_ends`."""
         if self._ends is None:
             raise ValueError("a span's sparse model needs the dense model and bridges of a coupling; run it as part of one")
         return self._ends
@@ -163,7 +163,7 @@ class SparseSpan(SparseTransformer):
     def embed(self, tokens_bt: Tensor) -> Tensor:
         """Return x_bts, the encoded dense residual at site 0."""
         x_bts = self.ends.encode(self.ends.dense.prefix(tokens_bt).float())
-        return tokens_inside(x_bts) if self.compact else x_bts
+        return tokens_innermost(x_bts) if self.compact else x_bts
 
     def read_scale(self, site: int, x_bts: Tensor) -> Tensor:
         """Return scale_bt1 of a sublayer's norm; 1 at the last site, where the dense model reads the decoded residual."""

@@ -12,8 +12,8 @@ windows, ALiBi; soft caps; norms with gains on q and k, or on each sublayer's wr
 `attend` has a sink per head (`sparse_blocks`). If the dense model's blocks are parallel, so are these: both halves read the same
 x. The projection decides which weights are nonzero (`sparse_weights`).
 
-A matrix may be stored by its nonzeros (`products.Compact`): beside its dense form, for a frozen model (`use_products`), or in its
-place, while it is trained sparsely (`training/sparse_native`). The function computed is the same.
+A matrix may be stored by its nonzeros (`products.SparseMatrix`): beside its dense form, for a frozen model (`use_products`),
+or in its place, while it is trained sparsely (`training/sparse_native`). The function computed is the same.
 
 Every K is a *node location*, and after it the model calls one explicit `gate(location, x) -> x`. Recording, mean ablation, masks
 and steering are gates; with the identity gate the model is unchanged.
@@ -32,7 +32,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bridge.kernels.products import Compact, sparse_embedding, tokens_inside
+from bridge.kernels.products import SparseMatrix, sparse_embedding, tokens_innermost
 from bridge.kernels.top_k import abs_top_k
 from bridge.models.residual import Enter, Trace, run
 from bridge.models.schema import ATTENTION_KINDS, ERROR, GATE, HEAD_KINDS, KEY_KINDS, MATRICES, matrices, mlp_kinds
@@ -94,7 +94,7 @@ class SparseTransformer(Heads, SparseWeights):
             self.bigram.append(nn.Parameter(torch.empty(vocabulary, shape.bigram_rank)))
             self.bigram.append(nn.Parameter(torch.empty(vocabulary, shape.bigram_rank)))
         self.values = nn.ParameterDict()
-        self.compact: dict[str, Compact] = {}
+        self.compact: dict[str, SparseMatrix] = {}
         self._thresholds: dict[str, float | None] = {}
         if not self.embedding.is_meta:  # the meta device has only shapes
             self._initialise(seed)
@@ -174,7 +174,7 @@ class SparseTransformer(Heads, SparseWeights):
         if narrow and self.narrow_from < self.n_sites:
             sublayers[self.narrow_from - 1] = self.sublayer(self.narrow_from - 1, gate, last_only=True)
         if self.compact and enter is not None:
-            enter = Enter(enter.site_b, tokens_inside(enter.x_btd))
+            enter = Enter(enter.site_b, tokens_innermost(enter.x_btd))
         unembed = partial(self._unembed, last_only=last_only)
         if correct is None:
             return run(self.embed, sublayers, unembed, tokens_bt, enter)
@@ -237,7 +237,7 @@ class SparseTransformer(Heads, SparseWeights):
 
     def embed(self, tokens_bt: Tensor) -> Tensor:
         """Return x_bts of the tokens, with learned positions added if there are any."""
-        matrix = self.by_nonzeros("embedding", self.embedding)
+        matrix = self.packed_matrix("embedding", self.embedding)
         x_bts = F.embedding(tokens_bt, self.embedding) if matrix is None else sparse_embedding(tokens_bt, matrix)
         return x_bts if self.positions is None else x_bts + self.positions[: tokens_bt.shape[1]]
 
@@ -246,33 +246,33 @@ class SparseTransformer(Heads, SparseWeights):
         return gate(Location(layer, kind), abs_top_k(x_btn, kept))
 
     def _map(self, name: str, linear: Linear, x_btn: Tensor) -> Tensor:
-        linear.matrix = self.by_nonzeros(f"{name}.weight", linear.weight)
+        linear.matrix = self.packed_matrix(f"{name}.weight", linear.weight)
         return linear(x_btn)
 
     def _mapped(self, layer: int, name: str, x_btn: Tensor) -> Tensor:
         return self._map(f"blocks.{layer}.{name}", getattr(self._block(layer), name), x_btn)
 
-    def _written(self, layer: int, name: str, gate: Gate, x_btn: Tensor) -> Tensor:
+    def _write_nodes(self, layer: int, name: str, gate: Gate, x_btn: Tensor) -> Tensor:
         """Return the nodes that a matrix writes, after a norm with a gain if their kind has one."""
         kind, y_btn = MATRICES[name][1], self._mapped(layer, name, x_btn)
-        y_btn = y_btn * self.after_scale(layer, kind, y_btn) if self.has_norm(layer, kind) else y_btn
+        y_btn = y_btn * self.write_norm_scale(layer, kind, y_btn) if self.has_write_norm(layer, kind) else y_btn
         return self._node(layer, kind, gate, y_btn)
 
     def _attention_write(self, layer: int, gate: Gate, last_only: bool, x_bts: Tensor) -> Tensor:
         r_bts = self._node(layer, "attn_in", gate, self._read(x_bts))
-        q_btn = self._written(layer, "q", gate, r_bts[:, -1:] if last_only else r_bts)
-        k_btn, v_btn = (self._written(layer, name, gate, r_bts) for name in KEY_KINDS)
-        return self.attended(layer, self._attend(layer, q_btn, k_btn, v_btn), gate)
+        q_btn = self._write_nodes(layer, "q", gate, r_bts[:, -1:] if last_only else r_bts)
+        k_btn, v_btn = (self._write_nodes(layer, name, gate, r_bts) for name in KEY_KINDS)
+        return self.attention_output_nodes(layer, self._attend(layer, q_btn, k_btn, v_btn), gate)
 
-    def attended(self, layer: int, z_btn: Tensor, gate: Gate = identity_gate) -> Tensor:
+    def attention_output_nodes(self, layer: int, z_btn: Tensor, gate: Gate = identity_gate) -> Tensor:
         """Return the attn_out nodes from the heads' outputs z_btn."""
-        return self._written(layer, "o", gate, z_btn)
+        return self._write_nodes(layer, "o", gate, z_btn)
 
-    def has_norm(self, layer: int, kind: str) -> bool:
+    def has_write_norm(self, layer: int, kind: str) -> bool:
         """Return whether there is a norm with a gain between a linear map and the nodes of a kind that it writes."""
         return kind in self._block(layer).gains
 
-    def after_scale(self, layer: int, kind: str, y_btn: Tensor) -> Tensor:
+    def write_norm_scale(self, layer: int, kind: str, y_btn: Tensor) -> Tensor:
         """Return scale_btn, by which the norm with a gain before nodes of a kind multiplies each channel of y_btn."""
         gain_n, y_btn = self._block(layer).gains[kind], y_btn if y_btn.dtype == torch.float64 else y_btn.float()
         if kind in HEAD_KINDS and self.form.qk_norm == "head":
@@ -287,7 +287,7 @@ class SparseTransformer(Heads, SparseWeights):
             a_btn = self._node(layer, GATE, gate, self.activation(self._mapped(layer, "gate", r_bts))) * up_btn
         else:
             a_btn = self.activation(up_btn)
-        return self._written(layer, "down", gate, self._node(layer, "mlp_act", gate, a_btn))
+        return self._write_nodes(layer, "down", gate, self._node(layer, "mlp_act", gate, a_btn))
 
     def activation(self, x_btn: Tensor) -> Tensor:
         """Apply the MLP's nonlinearity."""

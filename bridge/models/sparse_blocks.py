@@ -18,10 +18,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bridge.kernels.attention import NEVER, attend
+from bridge.kernels.attention import NO_SINK_LOGIT, attend
 from bridge.kernels.cpu import tokens_contiguous
-from bridge.kernels.products import Compact, sparse_linear
-from bridge.kernels.top_k import gelu, normed
+from bridge.kernels.products import SparseMatrix, sparse_linear
+from bridge.kernels.top_k import apply_norm, gelu
 from bridge.recipe import AttentionShape, BlockShape, SparseShape
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -37,7 +37,7 @@ def norm_scale(x_bts: Tensor, eps: float = 1e-6) -> Tensor:
 
 def norm(x_bts: Tensor, eps: float) -> Tensor:
     """Return RMSNorm without a gain, in float32; under autocast in the dtype of dense products, unless tokens are innermost."""
-    r_bts = normed(x_bts, partial(norm_scale, eps=eps))
+    r_bts = apply_norm(x_bts, partial(norm_scale, eps=eps))
     device = x_bts.device.type
     wanted = torch.is_autocast_enabled(device) and not tokens_contiguous(x_bts)
     return r_bts.to(torch.get_autocast_dtype(device)) if wanted else r_bts
@@ -46,7 +46,7 @@ def norm(x_bts: Tensor, eps: float) -> Tensor:
 class Linear(nn.Linear):
     """A linear map, computed by its nonzeros if it is given them; a module in both cases, so that hooks see its input."""
 
-    matrix: Compact | None = None
+    matrix: SparseMatrix | None = None
 
     def reset_parameters(self) -> None:
         """Initialise a map that has any outputs, before the model gives it weights."""
@@ -98,8 +98,8 @@ class Heads(nn.Module):
 
     def scores(self, layer: int, q_btn: Tensor, k_btn: Tensor) -> Tensor:
         """Return score_bhtt of a block's q and k nodes, including keys that the query does not attend to."""
-        q_bhtc, k_bgtc = (self.heads(layer, x, rotate=True) for x in (q_btn, k_btn))
-        score_bhtt = q_bhtc @ self.shared(k_bgtc).transpose(-1, -2) / math.sqrt(self.channels)
+        q_bhtc, k_bgtc = (self.split_heads(layer, x, rotate=True) for x in (q_btn, k_btn))
+        score_bhtt = q_bhtc @ self.repeat_shared_heads(k_bgtc).transpose(-1, -2) / math.sqrt(self.channels)
         if alibi_h := self._attention_shape(layer).slopes:
             place_t = torch.arange(score_bhtt.shape[-1], device=score_bhtt.device)
             score_bhtt = score_bhtt + score_bhtt.new_tensor(alibi_h)[:, None, None] * (place_t - place_t[:, None])
@@ -111,8 +111,8 @@ class Heads(nn.Module):
         cap = self.form.score_cap
         return torch.ones_like(score) if cap is None else 1 - (score / cap).square()
 
-    def shared(self, x_bgtc: Tensor) -> Tensor:
-        """Return x_bhtc for every query head, from keys or values as `heads` returns them."""
+    def repeat_shared_heads(self, x_bgtc: Tensor) -> Tensor:
+        """Return x_bhtc for every query head, from keys or values as `split_heads` returns them."""
         return x_bgtc if self.group == 1 else x_bgtc.repeat_interleave(self.group, 1)
 
     def _attention_shape(self, layer: int) -> AttentionShape:
@@ -125,15 +125,15 @@ class Heads(nn.Module):
     def sinks(self, layer: int) -> Tensor:
         """Return sink_h of a block's heads; for a model without sinks, logits that take no attention."""
         sink_h = self._block(layer).sinks
-        return sink_h if self.shape.sinks else torch.full_like(sink_h, NEVER)
+        return sink_h if self.shape.sinks else torch.full_like(sink_h, NO_SINK_LOGIT)
 
-    def heads(self, layer: int, x_btn: Tensor, *, rotate: bool) -> Tensor:
+    def split_heads(self, layer: int, x_btn: Tensor, *, rotate: bool) -> Tensor:
         """Return x_bhtc of q nodes, or x_bgtc of k or v nodes; with rotate, rotated by position if positions are rotary."""
         x_bhtc = x_btn.unflatten(-1, (-1, self.channels)).transpose(1, 2)
         return self._rotated(layer, x_bhtc, 1) if rotate else x_bhtc
 
-    def nodes(self, layer: int, x_bhtc: Tensor, *, rotated: bool) -> Tensor:
-        """Return x_btn from x_bhtc: the inverse of `heads`, which also maps gradients of heads to gradients of nodes."""
+    def merge_heads(self, layer: int, x_bhtc: Tensor, *, rotated: bool) -> Tensor:
+        """Return x_btn from x_bhtc: the inverse of `split_heads`, which also maps gradients of heads to gradients of nodes."""
         return (self._rotated(layer, x_bhtc, -1) if rotated else x_bhtc).transpose(1, 2).flatten(-2)
 
     def frequencies(self, layer: int) -> tuple[float, ...]:
@@ -159,21 +159,23 @@ class Heads(nn.Module):
         channels, sink_h = self.channels, self._block(layer).sinks if self.shape.sinks else None
         earlier, turns = k_btn.shape[1] - q_btn.shape[1], bool(self.frequencies(layer))
         shape, tokens = self._attention_shape(layer), k_btn.shape[1]
-        plain = self.form.score_cap is None and not shape.slopes and self._window(layer, tokens) >= tokens
-        fused = plain and q_btn.device.type == "cpu" and q_btn.dtype in (torch.float32, torch.bfloat16)
+        has_plain_scores = self.form.score_cap is None and not shape.slopes and self._window(layer, tokens) >= tokens
+        fused = has_plain_scores and q_btn.device.type == "cpu" and q_btn.dtype in (torch.float32, torch.bfloat16)
         if earlier and (turns or not fused):
             q_btn = F.pad(q_btn, (0, 0, earlier, 0))  # the added queries are not used
             return self._attend(layer, q_btn, k_btn, v_btn)[:, earlier:]
-        if not plain:  # no fused kernel has these scores
+        if not has_plain_scores:  # no fused kernel has these scores
             pattern_bhtt = self.pattern(layer, q_btn, k_btn).to(v_btn.dtype)
-            return (pattern_bhtt @ self.shared(self.heads(layer, v_btn, rotate=False))).transpose(1, 2).flatten(2)
+            return (
+                (pattern_bhtt @ self.repeat_shared_heads(self.split_heads(layer, v_btn, rotate=False))).transpose(1, 2).flatten(2)
+            )
         if turns:
-            q_btn, k_btn = (self.heads(layer, x, rotate=True).transpose(1, 2).flatten(2) for x in (q_btn, k_btn))
+            q_btn, k_btn = (self.split_heads(layer, x, rotate=True).transpose(1, 2).flatten(2) for x in (q_btn, k_btn))
         if self.group > 1:
             k_btn, v_btn = (x.unflatten(-1, (-1, channels)).repeat_interleave(self.group, 2).flatten(2) for x in (k_btn, v_btn))
         if fused:
             return attend(q_btn, k_btn, v_btn, channels, sink_h).to(q_btn.dtype)
-        q_bhtc, k_bhtc, v_bhtc = (self.heads(layer, x, rotate=False) for x in (q_btn, k_btn, v_btn))
+        q_bhtc, k_bhtc, v_bhtc = (self.split_heads(layer, x, rotate=False) for x in (q_btn, k_btn, v_btn))
         scale = 1 / math.sqrt(channels)
         if sink_h is None:
             z_bhtc = F.scaled_dot_product_attention(q_bhtc, k_bhtc, v_bhtc, is_causal=True, scale=scale)

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from bridge.kernels.products import Compact, pays, source_of
+from bridge.kernels.products import SparseMatrix, pays, weight_version
 from bridge.kernels.top_k import project_, top_k_mask
-from bridge.models.schema import MATRICES, output_side
+from bridge.models.schema import MATRICES, holds_output_side
 from bridge.models.sparse_blocks import Linear
 from bridge.recipe import RecipeError, Sparsity, kept_fraction, n_kept
 
@@ -30,10 +30,10 @@ class Fractions:
 
     def at(self, name: str) -> float:
         """Return the fraction of weights kept for a matrix."""
-        return self.embed if embeds(name) else self.blocks
+        return self.embed if is_outside_blocks(name) else self.blocks
 
 
-def embeds(name: str) -> bool:
+def is_outside_blocks(name: str) -> bool:
     """Return whether a matrix belongs to no block: the embedding, the positions or the unembedding."""
     return not name.startswith("blocks.")
 
@@ -43,7 +43,7 @@ class SparseWeights(nn.Module):
 
     unembedding: Linear
     values: nn.ParameterDict  # nonzeros of matrices that are trained by them, in place of the dense ones
-    compact: dict[str, Compact]  # by the name of the matrix
+    compact: dict[str, SparseMatrix]  # by the name of the matrix
     _thresholds: dict[str, float | None]  # of the last projection, where the next one looks first
 
     @property
@@ -51,15 +51,15 @@ class SparseWeights(nn.Module):
         """Device of the weights."""
         return self.unembedding.bias.device
 
-    def by_nonzeros(self, name: str, weight: Tensor | None) -> Compact | None:
+    def packed_matrix(self, name: str, weight: Tensor | None) -> SparseMatrix | None:
         """Return the matrix by its nonzeros, or None if it is used as it is; a dense weight that has changed is packed again."""
         matrix = self.compact.get(name)
         if matrix is None or weight is None:
             return matrix
         if weight.requires_grad or weight.device.type != "cpu" or weight.dtype != torch.float32:
             return None  # the dense weight needs a gradient, or no kernel serves its device or dtype
-        if matrix.source != source_of(weight):
-            matrix = self.compact[name] = Compact.of(weight)
+        if matrix.source != weight_version(weight):
+            matrix = self.compact[name] = SparseMatrix.of(weight)
         return matrix
 
     def sparse_weights(self) -> dict[str, nn.Parameter]:
@@ -83,7 +83,7 @@ class SparseWeights(nn.Module):
         Raises RecipeError if these have fewer weights.
         """
         apart = sparsity.embed_l0
-        counted = sum(count for name, (_, count) in self._sizes().items() if apart is None or not embeds(name))
+        counted = sum(count for name, (_, count) in self._sizes().items() if apart is None or not is_outside_blocks(name))
         blocks = kept_fraction(sparsity.l0, counted)
         return Fractions(blocks, blocks if apart is None else apart)
 
@@ -96,12 +96,12 @@ class SparseWeights(nn.Module):
         fractions = Fractions.of(fraction)
         if not self.values:
             self.compact.clear()  # they are copies of weights that change here
-        alike: dict[tuple[int, int], dict[str, Tensor]] = {}  # matrices by size and number kept
+        weights_by_size: dict[tuple[int, int], dict[str, Tensor]] = {}  # matrices by size and number kept
         for name, weight in self.sparse_weights().items():
             kept = n_kept(fractions.at(name), weight.numel())
-            kept_first = protected(name, weight, min_per_neuron)
+            kept_first = protected_mask(name, weight, min_per_neuron)
             if kept_first is None:
-                alike.setdefault((weight.numel(), kept), {})[name] = weight.data
+                weights_by_size.setdefault((weight.numel(), kept), {})[name] = weight.data
             elif (needed := int(kept_first.sum())) > kept:
                 raise RecipeError(
                     "l0",
@@ -111,7 +111,7 @@ class SparseWeights(nn.Module):
             else:
                 priority = torch.where(kept_first, torch.inf, weight.detach().abs())
                 weight.data.masked_fill_(~top_k_mask(priority.reshape(1, -1), kept).view_as(weight), 0)
-        for (_, kept), weights in alike.items():
+        for (_, kept), weights in weights_by_size.items():
             thresholds = project_([*weights.values()], kept, [self._thresholds.get(name) for name in weights])
             self._thresholds |= dict(zip(weights, thresholds, strict=True))
         if biases:
@@ -125,7 +125,7 @@ class SparseWeights(nn.Module):
     def achieved_fractions(self) -> Fractions:
         """Return nonzero fractions of the blocks, and of embedding, positions and unembedding (without any, the blocks')."""
         sizes = self._sizes()
-        blocks, embed = ({name: size for name, size in sizes.items() if embeds(name) == end} for end in (False, True))
+        blocks, embed = ({name: size for name, size in sizes.items() if is_outside_blocks(name) == end} for end in (False, True))
         return Fractions(_nonzero_fraction(blocks), _nonzero_fraction(embed or blocks))
 
     def n_sparse_weights(self) -> int:
@@ -151,7 +151,7 @@ class SparseWeights(nn.Module):
         self.compact.clear()
         for name, weight in self.packable().items():
             if pays(weight):
-                self.compact[name] = Compact.of(weight)
+                self.compact[name] = SparseMatrix.of(weight)
 
 
 def _nonzero_fraction(sizes: dict[str, tuple[int, int]]) -> float:
@@ -167,11 +167,11 @@ def annealed_l0(l0: float, progress: float, anneal: float, start: float = 1.0) -
     return max(l0, start * (l0 / start) ** min(1.0, progress / anneal))
 
 
-def protected(name: str, weight: Tensor, minimum: int) -> Tensor | None:
+def protected_mask(name: str, weight: Tensor, minimum: int) -> Tensor | None:
     """Return the mask of the `minimum` largest weights of each neuron or channel in a matrix; None if nothing is protected."""
     matrix = name.removesuffix(".weight").split(".")[-1]
     if not minimum or matrix not in MATRICES:
         return None
-    axis = 0 if output_side(matrix) else 1
+    axis = 0 if holds_output_side(matrix) else 1
     largest = weight.detach().abs().topk(min(minimum, weight.shape[axis]), dim=axis).indices
     return torch.zeros_like(weight, dtype=torch.bool).scatter_(axis, largest, True)

@@ -32,17 +32,17 @@ class CheckpointError(UserError):
     """An error, in one line: a folder cannot be read or written as a checkpoint."""
 
 
-def check_new(path: str | Path) -> Path:
+def check_new_folder(path: str | Path) -> Path:
     """Return the path if a new checkpoint may be written to it. Raises CheckpointError if something is there already."""
     path = Path(path)
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise CheckpointError(
             f"‹out› {str(path)!r}", "exists and is not empty", "name a new folder, or give ‹resume› to continue it"
         )
-    return check_folder(path)
+    return check_writable_folder(path)
 
 
-def check_folder(path: str | Path, option: str = "out") -> Path:
+def check_writable_folder(path: str | Path, option: str = "out") -> Path:
     """Return the path if it is a folder that can be made or written to. Raises CheckpointError, before any computation."""
     path = Path(path)
     above = next(folder for folder in (path, *path.absolute().parents) if folder.exists() or folder.is_symlink())
@@ -53,7 +53,7 @@ def check_folder(path: str | Path, option: str = "out") -> Path:
     return path
 
 
-def check_target(path: str | Path, option: str) -> Path:
+def check_writable_file(path: str | Path, option: str) -> Path:
     """Return the path if it is a file that can be written to. Raises CheckpointError, before any computation."""
     path = Path(path)
     folder = path.absolute().parent
@@ -133,7 +133,7 @@ def read_folder(path: str | Path, name: str) -> tuple[dict[str, Tensor], dict[st
 
 
 @contextlib.contextmanager
-def refused_unless_read(what: object, kind: str, remedy: str, refusal: type[UserError] = CheckpointError) -> Iterator[None]:
+def refuse_unreadable(what: object, kind: str, remedy: str, refusal: type[UserError] = CheckpointError) -> Iterator[None]:
     """A context in which stored values are read; an error there is raised in one line as a `refusal`: they are no `kind`."""
     try:
         yield

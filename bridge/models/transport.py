@@ -23,24 +23,24 @@ from bridge.models.residual import Enter, Trace
 
 def change_between(plain: Trace, changed: Trace, site_b: Tensor) -> Tensor:
     """Return change_bts between two sparse runs without entries, at each row's site; if `plain` has one row, it serves all."""
-    return _at(changed, site_b) - _at(plain, site_b)
+    return _residual_at_site(changed, site_b) - _residual_at_site(plain, site_b)
 
 
-def decoded(coupling: CoupledModels, site_b: Tensor, change_bts: Tensor) -> Tensor:
+def decode_changes(coupling: CoupledModels, site_b: Tensor, change_bts: Tensor) -> Tensor:
     """Return change_btd of the dense residual, decoded from the change of the sparse residual at each row's site."""
     rows = zip(site_b.tolist(), change_bts, strict=True)
     return torch.stack([coupling.bridges[site].decode_change(change_ts) for site, change_ts in rows])
 
 
-def run_changed(coupling: CoupledModels, tokens_bt: Tensor, plain: Trace, site_b: Tensor, change_btd: Tensor) -> Trace:
+def run_with_changes(coupling: CoupledModels, tokens_bt: Tensor, plain: Trace, site_b: Tensor, change_btd: Tensor) -> Trace:
     """Run the dense model with change_btd added to its residual at site_b, one site for each row.
 
     `plain` is the dense model's own run of the tokens; if it has one row, that row serves all.
     """
-    return coupling.dense.run(tokens_bt, Enter(site_b, _at(plain, site_b) + change_btd))
+    return coupling.dense.run(tokens_bt, Enter(site_b, _residual_at_site(plain, site_b) + change_btd))
 
 
-def _at(trace: Trace, site_b: Tensor) -> Tensor:
+def _residual_at_site(trace: Trace, site_b: Tensor) -> Tensor:
     """Return the residual of every row at its site; of a run of one row, always that row's residual."""
     places = ((trace.residuals[site], row) for row, site in enumerate(site_b.tolist()))
     return torch.stack([x_btd[min(row, len(x_btd) - 1)] for x_btd, row in places])

@@ -190,7 +190,7 @@ def write_vector(coupling: CoupledModels, node: Node) -> tuple[int, Tensor] | No
         matrix, kind = ("down", "mlp_out") if at.kind == "mlp_act" else ("o", "attn_out")
         weight_ji = sparse.get_parameter(f"blocks.{at.layer}.{matrix}.weight")
         write_s = weight_ji[:, sparse.column_nodes(matrix) == index].sum(1)  # heads that share a value are summed
-        gain = sparse.get_parameter(f"blocks.{at.layer}.gains.{kind}") if sparse.has_norm(at.layer, kind) else 1
+        gain = sparse.get_parameter(f"blocks.{at.layer}.gains.{kind}") if sparse.has_write_norm(at.layer, kind) else 1
         return site + 1, write_s * gain
     unit_s = torch.zeros(sparse.width, device=sparse.device, dtype=sparse.unembedding.weight.dtype)
     unit_s[index] = 1

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from bridge.errors import UserError, foreign_errors_as
+from bridge.errors import UserError, reraise_as
 from bridge.models.store import CheckpointError, read_json, write_json
 from bridge.nodes.description import NodePage, render_page
 
@@ -117,6 +117,6 @@ class Descriptions:
             return known["text"]
         self.by_node[page.name] = {"text": endpoint.describe(page), "model": endpoint.model}
         if self.file is not None:
-            with foreign_errors_as(CheckpointError, f"could not write {str(self.file)!r}", "", "free space or give ‹out›"):
+            with reraise_as(CheckpointError, f"could not write {str(self.file)!r}", "", "free space or give ‹out›"):
                 write_json(self.file, {"fingerprint": self.fingerprint, "nodes": self.by_node})
         return self.by_node[page.name]["text"]

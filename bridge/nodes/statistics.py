@@ -38,7 +38,7 @@ from bridge.huggingface.identity import digest_weights
 from bridge.models.bridges import CoupledModels
 from bridge.models.circuit import Node
 from bridge.models.sparse import Location, SparseTransformer
-from bridge.models.store import CheckpointError, read_folder, refused_unless_read, write_folder
+from bridge.models.store import CheckpointError, read_folder, refuse_unreadable, write_folder
 
 FORMAT = 1
 KEPT = 8
@@ -141,7 +141,7 @@ class NodeFacts:
         """Return the facts that `save` wrote. Raises CheckpointError if they are missing, damaged or of another version."""
         tensors, facts = read_folder(folder, "nodes")
         file = repr(str(Path(folder) / "nodes.json"))
-        with refused_unless_read(file, "file of nodes", "delete it and run `bridge nodes` again"):
+        with refuse_unreadable(file, "file of nodes", "delete it and run `bridge nodes` again"):
             if facts["format"] != FORMAT:
                 raise ValueError(f"format {facts['format']!r}")
             parts = {}

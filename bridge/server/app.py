@@ -40,7 +40,7 @@ from bridge.explanations.page import described_nodes, fill_template, page_data, 
 from bridge.explanations.parts import Answered, Drawn
 from bridge.models.bridges import CoupledModels
 from bridge.models.schema import ERROR
-from bridge.models.store import CheckpointError, refused_unless_read
+from bridge.models.store import CheckpointError, refuse_unreadable
 from bridge.server import schema
 from bridge.server.jobs import NO_KNOWN_VALUES, FullError, Job, Jobs, Publish
 from bridge.server.library import Library, NotListedError, finite_json
@@ -210,7 +210,7 @@ def _circuit_detail(name: str, folder: Path) -> schema.CircuitDetail:
     values = finite_json(folder / "circuit.json")
     if "failed" in values:
         raise CheckpointError(f"{name!r}", f"holds no circuit: {values['failed']}")
-    with refused_unless_read(f"{name!r}", "circuit", "search again"):
+    with refuse_unreadable(f"{name!r}", "circuit", "search again"):
         return schema.CircuitDetail.model_validate({**values, "name": name})
 
 

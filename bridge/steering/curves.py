@@ -26,7 +26,7 @@ from bridge.steering.interventions import (
     SteeredNode,
     Steerer,
     SteerError,
-    every_node,
+    intervene_on_every_node,
     parse_intervention,
     run_patched,
 )
@@ -59,7 +59,7 @@ class Spread:
 
 
 @dataclass(frozen=True)
-class Beside:
+class StrengthControls:
     """The controls at a strength: random directions of equal norm, and every node at its counterfactual value.
 
     every_* are None without a counterfactual, and if the chosen nodes are all nodes.
@@ -93,7 +93,7 @@ class Steering:
     norms: tuple[float, ...]
     at_once: bool
     curve: tuple[Steered, ...]
-    beside: tuple[Beside, ...]
+    beside: tuple[StrengthControls, ...]
     draws: int
     seed: int
     counterfactual_target: float | None
@@ -104,14 +104,14 @@ class Steering:
         return as_json(self)
 
 
-def random_like(change_td: Tensor, draws: int, generator: torch.Generator) -> Tensor:
+def random_directions(change_td: Tensor, draws: int, generator: torch.Generator) -> Tensor:
     """Return change_rtd in random directions, with the norm of change_td at every position."""
     drawn_rtd = torch.randn(draws, *change_td.shape, generator=generator).to(change_td.device, change_td.dtype)
     return drawn_rtd / drawn_rtd.norm(dim=-1, keepdim=True) * change_td.norm(dim=-1, keepdim=True)
 
 
 @torch.no_grad()
-def logits_at(
+def steered_logits(
     coupling: CoupledModels, tokens_t: Tensor, plain: Trace, changes: Mapping[int, Tensor], strengths: Sequence[float]
 ) -> Tensor:
     """Return logits_rkv at a prompt's last position, for each draw of change_rtd (given by site) and each strength."""
@@ -172,7 +172,7 @@ def steer(
     if interventions is None:
         if other_t is None:
             raise SteerError("the intervention", "is missing", "name nodes, a circuit, an explanation or a counterfactual prompt")
-        interventions = every_node(sizes)
+        interventions = intervene_on_every_node(sizes)
     chosen = [parse_intervention(each, sizes) if isinstance(each, str) else each for each in interventions]
     steerer = Steerer(coupling, tokens_t, chosen, other_t, site=site)
 
@@ -182,20 +182,22 @@ def steer(
     target_id, contrast_id = _sides(prompts, prompt, plain_v, counterfactual_v, target, contrast)
     pair = torch.tensor([target_id, contrast_id], device=plain_v.device)
 
-    changes = steerer.changes(tokens_t[None])
+    changes = steerer.residual_changes(tokens_t[None])
     above = strengths[1:]
     generator = torch.Generator().manual_seed(seed)
-    random = {site: random_like(change_1td[0], draws, generator) for site, change_1td in changes.items()}
+    random = {site: random_directions(change_1td[0], draws, generator) for site, change_1td in changes.items()}
     logits_kv, random_rk2 = plain_v[None], _pair_of(plain_v[None, None].expand(draws, 1, -1), pair)
     if above:
-        logits_kv = torch.cat([logits_kv, logits_at(coupling, tokens_t, plain, changes, above)[0]])
-        random_rk2 = torch.cat([random_rk2, _pair_of(logits_at(coupling, tokens_t, plain, random, above), pair)], 1)
+        logits_kv = torch.cat([logits_kv, steered_logits(coupling, tokens_t, plain, changes, above)[0]])
+        random_rk2 = torch.cat([random_rk2, _pair_of(steered_logits(coupling, tokens_t, plain, random, above), pair)], 1)
     every_k2 = None
     if other_t is not None and not whole:
         every_k2 = _pair_of(plain_v[None], pair)
         if above:
-            every = Steerer(coupling, tokens_t, every_node(sizes), other_t, site=site).changes(tokens_t[None])
-            every_k2 = torch.cat([every_k2, _pair_of(logits_at(coupling, tokens_t, plain, every, above)[0], pair)])
+            every = Steerer(coupling, tokens_t, intervene_on_every_node(sizes), other_t, site=site).residual_changes(
+                tokens_t[None]
+            )
+            every_k2 = torch.cat([every_k2, _pair_of(steered_logits(coupling, tokens_t, plain, every, above)[0], pair)])
 
     probability_k2 = _pair_of(logits_kv, pair)
     on_counterfactual = None if counterfactual_v is None else _pair_of(counterfactual_v, pair).tolist()
@@ -208,8 +210,8 @@ def steer(
         curve.append(Steered(strength, top_answers(prompts, logits_kv[k]), of_target, of_contrast, text))
         every_target, every_contrast = (None, None) if every_k2 is None else every_k2[k].tolist()
         by_chance = _spread(random_rk2[:, k, 0]), _spread(random_rk2[:, k, 1])
-        beside.append(Beside(strength, *by_chance, every_target, every_contrast))
-    n_changed, changed = steerer.changed()
+        beside.append(StrengthControls(strength, *by_chance, every_target, every_contrast))
+    n_changed, changed = steerer.changed_nodes()
     return Steering(
         prompt=prompt,
         counterfactual=counterfactual,

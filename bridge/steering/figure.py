@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from bridge.display.columns import columns
-from bridge.display.plots import draw, svg
+from bridge.display.plots import draw_figure, svg
 from bridge.steering.curves import Spread, Steering
 
 _SHOWN = 6  # nodes that the table names
@@ -61,17 +61,17 @@ def figure_of(heading: str, note: str, panels: Sequence[Panel]) -> Any:
             axis.plot(panel.strengths, panel.chosen, "o-", color=f"C{place}", label="chosen nodes")
         axes[0].legend(fontsize=7)
 
-    return draw(len(panels), (8.6, 4.2), paint)
+    return draw_figure(len(panels), (8.6, 4.2), paint)
 
 
 def steering_plot(steering: Steering) -> str:
     """Return the plot of a Steering as SVG."""
     heading = f"Steering the dense model from {steering.target.text!r} to {steering.contrast.text!r}"
-    note = f"{_changed(steering)}; band: lowest to highest of {steering.draws} random directions of equal norm."
+    note = f"{_describe_change(steering)}; band: lowest to highest of {steering.draws} random directions of equal norm."
     return svg(figure_of(heading, note, panels_of(steering)))
 
 
-def _changed(steering: Steering) -> str:
+def _describe_change(steering: Steering) -> str:
     sites = ", ".join(str(site) for site in steering.sites)
     where = f"in full at site {sites}" if steering.at_once else f"at the site after each sublayer ({sites})"
     return f"{steering.n_changed:,} nodes changed; the change is added {where}"
@@ -86,7 +86,7 @@ def render_steering(steering: Steering, width: int = 100) -> str:
     lines.append(f"question        {steering.contrast} against {steering.target}")
     low, high = min(steering.norms), max(steering.norms)
     norms = f"{low:.2f} to {high:.2f}" if len(steering.norms) > 1 else f"{low:.2f}"
-    changed = f"{_changed(steering)}; norm {norms} times the residual's"
+    changed = f"{_describe_change(steering)}; norm {norms} times the residual's"
     lines += textwrap.wrap(f"changed         {changed}", width, subsequent_indent=" " * 16)
     for each in steering.changed[: _SHOWN if steering.n_changed > _SHOWN else None]:
         lines.append(f"                {each.node}@{each.position}  {each.before:+.2f} -> {each.after:+.2f}")

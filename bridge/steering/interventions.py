@@ -42,11 +42,11 @@ from bridge.models.circuit import Node, recording_gate
 from bridge.models.residual import Trace
 from bridge.models.schema import ERROR
 from bridge.models.sparse import Gate, Location
-from bridge.models.transport import change_between, decoded, run_changed
+from bridge.models.transport import change_between, decode_changes, run_with_changes
 from bridge.nodes.statistics import parse_node, sparse_fingerprint
 from bridge.studies.result import TaskResult
 
-MOST_LISTED = 1000  # nodes that a result lists
+MAX_LISTED_NODES = 1000  # nodes that a result lists
 MOST_VALUE = 1e6  # largest value that a node may be set to, or changed by
 _INTERVENTION = re.compile(r"(?P<node>[^@=+\-\]]*\[\d+\])(@(?P<position>\d{1,6}))?((?P<how>[=+\-])(?P<amount>.+))?")
 Way = Literal["value", "amount", "counterfactual"]
@@ -126,7 +126,7 @@ def circuit_interventions(path: str | Path, coupling: CoupledModels) -> list[Int
     return [Intervention(parse_node(node.name, sizes)) for node in result.circuit.nodes]
 
 
-def chosen_interventions(
+def collect_interventions(
     coupling: CoupledModels, prompt: str | None, nodes: Sequence[str], circuit: Path | None, explanation: Path | None
 ) -> tuple[str, list[Intervention] | None]:
     """Return a prompt (by default the explanation's) and the interventions from all sources, None if no source is given.
@@ -149,7 +149,7 @@ def chosen_interventions(
     return prompt, None if not (nodes or circuit or explanation) else interventions
 
 
-def every_node(sizes: Mapping[Location, int]) -> list[Intervention]:
+def intervene_on_every_node(sizes: Mapping[Location, int]) -> list[Intervention]:
     """Return interventions that set every node at every position to its counterfactual value."""
     return [Intervention(Node(location, index)) for location, size in sizes.items() for index in range(size)]
 
@@ -165,7 +165,7 @@ class _Clamp:
     keep_tn: Tensor
     amount_tn: Tensor
 
-    def clamped(self, x_btn: Tensor, plain_btn: Tensor) -> Tensor:
+    def apply(self, x_btn: Tensor, plain_btn: Tensor) -> Tensor:
         """Return x_btn with clamped nodes at values computed from plain_btn, at the prompt and any number of tokens after it."""
         row_t = torch.arange(x_btn.shape[1], device=x_btn.device).clamp(max=len(self.mask_tn) - 1)
         return torch.where(self.mask_tn[row_t], self.keep_tn[row_t] * plain_btn + self.amount_tn[row_t], x_btn)
@@ -205,27 +205,27 @@ class Steerer:
         touched = sorted({sparse.site(location) for location in self.clamps})
         if site is not None and touched[0] >= site:
             raise SteerError("no chosen node", f"is before site {site}", f"give site {touched[0] + 1} or a later one")
-        self.touched, self.site = tuple(touched), site
+        self.clamped_sites, self.site = tuple(touched), site
 
     @property
     def sites(self) -> tuple[int, ...]:
         """The sites at which a change is added to the dense residual."""
-        return tuple(site + 1 for site in self.touched) if self.site is None else (self.site,)
+        return tuple(site + 1 for site in self.clamped_sites) if self.site is None else (self.site,)
 
-    def changed(self) -> tuple[int, tuple[SteeredNode, ...]]:
-        """Return the number of nodes clamped at another value than on the prompt, and the MOST_LISTED that change most."""
+    def changed_nodes(self) -> tuple[int, tuple[SteeredNode, ...]]:
+        """Return the number of nodes clamped at another value than on the prompt, and the MAX_LISTED_NODES that change most."""
         values, found = self._values(self.tokens_t), []
         for location, clamp in self.clamps.items():
             before_tn = values[location][0]
-            after_tn = clamp.clamped(before_tn[None], before_tn[None])[0]
+            after_tn = clamp.apply(before_tn[None], before_tn[None])[0]
             for position, index in (before_tn != after_tn).nonzero().tolist():
                 where = Node(location, index).name, position
                 found.append(SteeredNode(*where, float(before_tn[position, index]), float(after_tn[position, index])))
-        most = sorted(found, key=lambda each: -abs(each.after - each.before))[:MOST_LISTED]
+        most = sorted(found, key=lambda each: -abs(each.after - each.before))[:MAX_LISTED_NODES]
         return len(found), tuple(most)
 
     @torch.no_grad()
-    def changes(self, tokens_bt: Tensor) -> dict[int, Tensor]:
+    def residual_changes(self, tokens_bt: Tensor) -> dict[int, Tensor]:
         """Return change_btd of the dense residual by site, at strength 1, for texts that begin with the prompt."""
         sparse = self.coupling.sparse
         values: dict[Location, Tensor] = {}
@@ -233,11 +233,11 @@ class Steerer:
         changed = sparse.run(tokens_bt, gate=self._gate(values), last_only=True)
         if self.site is not None:
             site_b = torch.full((len(tokens_bt),), self.site)
-            return {self.site: decoded(self.coupling, site_b, change_between(plain, changed, site_b))}
+            return {self.site: decode_changes(self.coupling, site_b, change_between(plain, changed, site_b))}
         found = {}
-        for site in self.touched:
+        for site in self.clamped_sites:
             own_bts = changed.residuals[site + 1] - sparse.sublayer(site)(changed.residuals[site])
-            found[site + 1] = decoded(self.coupling, torch.full((len(tokens_bt),), site + 1), own_bts)
+            found[site + 1] = decode_changes(self.coupling, torch.full((len(tokens_bt),), site + 1), own_bts)
         return found
 
     @torch.no_grad()
@@ -247,7 +247,7 @@ class Steerer:
         for _ in range(min(count, self.coupling.context - len(self.tokens_t))):
             trace = dense.run(tokens_1t)
             if strength:
-                added = {site: strength * change_btd for site, change_btd in self.changes(tokens_1t).items()}
+                added = {site: strength * change_btd for site, change_btd in self.residual_changes(tokens_1t).items()}
                 trace = run_patched(self.coupling, tokens_1t, trace, added)
             tokens_1t = torch.cat([tokens_1t, trace.logits_btv[:, -1].argmax(-1, keepdim=True)], 1)
         return tokens_1t[0, len(self.tokens_t) :]
@@ -261,7 +261,7 @@ class Steerer:
     def _gate(self, plain: Mapping[Location, Tensor]) -> Gate:
         def gate(location: Location, x_btn: Tensor) -> Tensor:
             clamp = self.clamps.get(location)
-            return x_btn if clamp is None else clamp.clamped(x_btn, plain[location])
+            return x_btn if clamp is None else clamp.apply(x_btn, plain[location])
 
         return gate
 
@@ -311,5 +311,5 @@ def run_patched(coupling: CoupledModels, tokens_bt: Tensor, plain: Trace, change
     """
     trace = plain
     for site in sorted(changes):
-        trace = run_changed(coupling, tokens_bt, trace, torch.full((len(tokens_bt),), site), changes[site])
+        trace = run_with_changes(coupling, tokens_bt, trace, torch.full((len(tokens_bt),), site), changes[site])
     return trace

@@ -25,8 +25,8 @@ from torch import Tensor
 
 from bridge.circuits.subject import SparseSubject, active_nodes, masked_gate
 from bridge.data.task_tokens import TokenPairs
-from bridge.display.plots import draw, svg
-from bridge.display.progress import OnProgress, Phase, unseen
+from bridge.display.plots import draw_figure, svg
+from bridge.display.progress import OnProgress, Phase, ignore_progress
 from bridge.evidence.controls import random_deletions
 from bridge.models.store import as_json
 from bridge.studies.backbone import Backbone, find_backbone, off_diagonal_mean, relative_effects
@@ -102,7 +102,7 @@ def compare(
     prompts: Mapping[str, TokenPairs],
     *,
     seed: int = 0,
-    progress: OnProgress = unseen,
+    progress: OnProgress = ignore_progress,
 ) -> Comparison:
     """Compare the circuits of some tasks, on held-out prompts of each."""
     names = tuple(result.facts.task for result in results)
@@ -214,4 +214,4 @@ def heat_map(comparison: Comparison) -> str:
         axis.set_ylabel("circuit deleted")
 
     side = 2.4 + 0.5 * len(names)
-    return svg(draw(1, (side + 0.6, side), paint))
+    return svg(draw_figure(1, (side + 0.6, side), paint))

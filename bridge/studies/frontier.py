@@ -17,8 +17,8 @@ from typing import Any
 
 from pydantic import TypeAdapter
 
-from bridge.display.plots import can_plot, draw, svg
-from bridge.models.store import CheckpointError, as_json, read_json, refused_unless_read, write_json
+from bridge.display.plots import can_plot, draw_figure, svg
+from bridge.models.store import CheckpointError, as_json, read_json, refuse_unreadable, write_json
 from bridge.studies.compare import geometric_mean
 from bridge.studies.result import Size
 
@@ -147,7 +147,7 @@ class Frontier:
         if not file.is_file():
             raise CheckpointError(f"{str(path)!r}", "holds no sweep.json", "name a folder that `bridge sweep` wrote")
         values = read_json(file)
-        with refused_unless_read(f"{str(file)!r}", "sweep", "sweep again"):
+        with refuse_unreadable(f"{str(file)!r}", "sweep", "sweep again"):
             if values.get("format") != FORMAT:
                 raise ValueError(f"format {values.get('format')!r}, not {FORMAT}")
             return _FRONTIER.validate_python(values)
@@ -250,7 +250,7 @@ def frontier_figure(frontier: Frontier) -> Any:
         if axes[0].get_legend_handles_labels()[0]:
             axes[0].legend(fontsize=7)
 
-    return draw(2, (8.6, 4.4), paint)
+    return draw_figure(2, (8.6, 4.4), paint)
 
 
 def _label(point: CouplingPoint) -> str:

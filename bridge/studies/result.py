@@ -28,7 +28,7 @@ from bridge.evidence.measures import Report, evidence_table
 from bridge.models.circuit import Circuit, Edge, Node
 from bridge.models.schema import ATTENTION_KINDS, MLP_KINDS
 from bridge.models.sparse import Location
-from bridge.models.store import CheckpointError, as_json, read_folder, read_json, refused_unless_read, write_folder, write_json
+from bridge.models.store import CheckpointError, as_json, read_folder, read_json, refuse_unreadable, write_folder, write_json
 from bridge.verdicts.task_search import TaskLevel
 
 FORMAT = 2
@@ -142,7 +142,7 @@ class TaskResult:
             if "failed" in facts:
                 raise CheckpointError(f"{str(path)!r}", f"holds no circuit: {facts['failed']}")
         tensors, facts = read_folder(path, "circuit")
-        with refused_unless_read(f"{str(path)!r}", "circuit", "search again"):
+        with refuse_unreadable(f"{str(path)!r}", "circuit", "search again"):
             if facts.get("format") != FORMAT:
                 raise ValueError(f"format {facts.get('format')!r}, not {FORMAT}")
             found = _READER.validate_python({"facts": facts["facts"], "report": facts["report"]})

@@ -35,7 +35,7 @@ from bridge.circuits.loss import SearchConfig
 from bridge.circuits.subject import SparseSubject, Subject, edge_count
 from bridge.circuits.task_search import TASK_SEARCH, SearchError, dense_loss, task_loss, task_losses, with_all_splits
 from bridge.data.task_tokens import Resolved, TokenPairs, score
-from bridge.display.progress import OnProgress, Phase, unseen, within
+from bridge.display.progress import OnProgress, Phase, ignore_progress, with_prefix
 from bridge.graph.attribution import task_edges
 from bridge.huggingface.site_discovery import DenseModelError
 from bridge.models.bridges import CoupledModels
@@ -131,7 +131,7 @@ def search_task(
     level is searched, in a third of the time. `budget` is a multiple of the usual steps. Raises UnsolvedError if the sparse model
     does not do the task, NoCircuitError if there is nothing to explain, SearchError if a split is empty or the level unknown.
     """
-    on_progress, started = progress or unseen, time.monotonic()
+    on_progress, started = progress or ignore_progress, time.monotonic()
     config = replace(search_config(level, budget, nested), seed=seed)
     task = with_all_splits(task)
     if null == "weights":
@@ -156,10 +156,11 @@ def search_task(
     loss_on = partial(task_loss, coupling, subjects.means, config=config, dense=explains == "dense")
     losses = task_losses(task, loss_on)
     found = [
-        losses.find_opening_circuit(within(on_progress, f"seed {n}: " if seeds > 1 else ""), n) for n in range(seed, seed + seeds)
+        losses.find_opening_circuit(with_prefix(on_progress, f"seed {n}: " if seeds > 1 else ""), n)
+        for n in range(seed, seed + seeds)
     ]
     opened = [one.kept(0) for one in found]
-    best = min(range(seeds), key=lambda place: (found[place].off[0] > 1, int(opened[place].sum())))
+    best = min(range(seeds), key=lambda place: (found[place].distances[0] > 1, int(opened[place].sum())))
     nested_search = losses.find_nested_circuits(on_progress, opened[best]) if nested else found[best]
     kept_f, nodes_f = opened[best], losses.test.nodes_f
     on_progress(Phase("edges"))
@@ -173,7 +174,7 @@ def search_task(
         progress=on_progress,
     )  # fmt: skip
     runs = (
-        SeedRun(seed + n, int((one_f & nodes_f).sum()), int((one_f & ~nodes_f).sum()), found[n].off[0])
+        SeedRun(seed + n, int((one_f & nodes_f).sum()), int((one_f & ~nodes_f).sum()), found[n].distances[0])
         for n, one_f in enumerate(opened)
     )
     kept, space = subject.space.split(kept_f[nodes_f]), losses.test.masked.space
@@ -243,7 +244,7 @@ def _try_dense_circuit(
 
 def _search_dense_circuit(subjects: Subjects, task: Resolved, config: SearchConfig, on_progress: OnProgress) -> Size:
     losses = task_losses(task, partial(dense_loss, subjects.dense, config=config))
-    kept_f = losses.find_opening_circuit(within(on_progress, "dense: ")).kept(0)
+    kept_f = losses.find_opening_circuit(with_prefix(on_progress, "dense: ")).kept(0)
     return Size(int(kept_f.sum()), edge_count(subjects.dense, kept_f))
 
 

@@ -16,7 +16,7 @@ from bridge.data.task_pairs import load_task
 from bridge.data.task_tokens import Resolved, resolve
 from bridge.display.columns import columns
 from bridge.display.plots import can_plot
-from bridge.display.progress import OnProgress, within
+from bridge.display.progress import OnProgress, with_prefix
 from bridge.huggingface.site_discovery import DenseModelError
 from bridge.models.store import read_json, write_json
 from bridge.nodes.description import node_labels
@@ -63,7 +63,7 @@ def run_suite(
     tasks, failed = {name: resolved(subjects, name) for name in names}, 0
     for name, task in tasks.items():
         folder = None if out is None else out / folder_name(name)
-        on_progress = within(progress, f"{folder_name(name)}: ")
+        on_progress = with_prefix(progress, f"{folder_name(name)}: ")
         asked = _search_identity(subjects, task, options)
         if folder is not None and (folder / "circuit.json").is_file():
             facts = read_json(folder / "circuit.json")

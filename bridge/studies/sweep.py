@@ -21,9 +21,9 @@ import torch
 
 from bridge.circuits.task_search import TASK_SEARCH
 from bridge.data.task_pairs import load_task, task_names
-from bridge.display.progress import OnProgress, unseen
+from bridge.display.progress import OnProgress, ignore_progress
 from bridge.models.dense import load_dense
-from bridge.models.store import check_new
+from bridge.models.store import check_new_folder
 from bridge.recipe import recipe_values, resolve
 from bridge.studies.frontier import CouplingPoint, DensePoint, Failure, Frontier
 from bridge.studies.search import Explains, search_config
@@ -105,7 +105,7 @@ def sweep(
     `dense`, the dense model's own circuits are searched too. on_step_end takes a line when a step ends, progress every phase. A
     point that fails is in `failures`. Raises UserError if the sweep cannot begin, FitStopped if a fit was asked to stop.
     """
-    out, on_step_end, progress = Path(out), on_step_end or (lambda _: None), progress or unseen
+    out, on_step_end, progress = Path(out), on_step_end or (lambda _: None), progress or ignore_progress
     points = plan_points(
         l0, width, load, recipe=recipe, tokens=tokens, minutes=minutes, data=data, seed=seed, adapter=adapter, revision=revision,
         settings=settings,
@@ -127,7 +127,7 @@ def sweep(
     else:
         if out.is_dir() and any(out.iterdir()):
             raise SweepError(f"‹out› {str(out)!r}", "is not empty and holds no sweep", "name a new folder, or a sweep's")
-        check_new(out)
+        check_new_folder(out)
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     of_model = None

@@ -14,11 +14,11 @@ from pydantic import TypeAdapter, ValidationError
 
 from bridge.circuits.task_search import SearchError
 from bridge.data.task_pairs import TaskError
-from bridge.display.progress import OnProgress, Phase, within
+from bridge.display.progress import OnProgress, Phase, with_prefix
 from bridge.errors import RunError, UserError
-from bridge.models.bridges import CoupledModels, folder_of
+from bridge.models.bridges import CoupledModels, local_folder
 from bridge.models.dense import DenseModel
-from bridge.models.store import CheckpointError, read_json, refused_unless_read, write_json
+from bridge.models.store import CheckpointError, read_json, refuse_unreadable, write_json
 from bridge.recipe import Recipe, known_names, resolve
 from bridge.studies.frontier import CouplingPoint, DensePoint, TaskSize
 from bridge.studies.result import Size, TaskResult
@@ -80,14 +80,14 @@ class Steps:
 
     def progress(self, phase: Phase) -> None:
         """Report the current phase."""
-        within(self.on_progress, self.point_prefix)(phase)
+        with_prefix(self.on_progress, self.point_prefix)(phase)
 
     def measure(self, point: PlannedPoint) -> CouplingPoint:
         """Measure a point, from its first missing step to its last."""
         folder = self.out / point.name
         if point.values is not None and point.recipe is not None:
             self._fit(point.values, point.recipe, folder)
-        where = folder if point.load is None else folder_of(point.load)
+        where = folder if point.load is None else local_folder(point.load)
         facts = self._facts(where, folder, point)
         evaluation = self._evaluated(where, folder)
         tasks = self._search_circuits(where, folder / "circuits")
@@ -200,7 +200,7 @@ class Steps:
 
     def measure_dense(self, point: PlannedPoint, measured: CouplingPoint, *, pruned: bool) -> DensePoint:
         """Measure the dense model's own circuits, with means over the point's text; a failure is reported, not raised."""
-        where = self.out / point.name if point.load is None else folder_of(point.load)
+        where = self.out / point.name if point.load is None else local_folder(point.load)
         assert self.dense is not None, "a point has been measured"
         name, fingerprint = self.dense.name, self.dense.fingerprint()
         wanted = {**asdict(self.search), "seeds": 1, "dense": fingerprint}
@@ -229,7 +229,7 @@ class Steps:
         try:
             size = search_dense(
                 subjects, resolved(subjects, task), level=self.search.level, budget=self.search.budget,
-                progress=within(self.progress, f"{label}: "),
+                progress=with_prefix(self.progress, f"{label}: "),
             )  # fmt: skip
         except (SearchError, TaskError) as error:
             return TaskSize(label, whole_size(subjects.dense), str(error))
@@ -276,7 +276,7 @@ def _evaluation(file: Path) -> Evaluation | None:
 def _task_size(folder: Path) -> TaskSize:
     facts = read_json(folder / "circuit.json")
     if "failed" in facts:
-        with refused_unless_read(f"{str(folder)!r}", "result", "delete it, and sweep again"):
+        with refuse_unreadable(f"{str(folder)!r}", "result", "delete it, and sweep again"):
             return TaskSize(folder.name, Size(**facts["whole"]), str(facts["failed"]))
     result = TaskResult.load(folder)
     return TaskSize(folder.name, result.facts.size, verdict=result.report.verdict)

@@ -19,16 +19,16 @@ from torch import Tensor, nn
 from bridge.display.progress import OnProgress
 from bridge.huggingface.adapters import CONFIG, TOKENIZER, adapter_folder
 from bridge.huggingface.prompts import load_tokenizer
-from bridge.models.bridges import CoupledModels, folder_of
+from bridge.models.bridges import CoupledModels, local_folder
 from bridge.models.dense import DenseModel, DenseModelError, load_dense
 from bridge.recipe import RecipeError, recipe_values
 from bridge.training.loop import Progress, finish, train
 from bridge.training.prepare import Run, prepare
 
-SHARE = 20  # the default budget is the base's tokens divided by this
-AT_ONCE = 1e-6  # fraction of the training over which L0 is annealed: it is at its target already
-RATE = 1e-3  # replaces a rate of 0 in the base's recipe, by which its sparse model was not trained
-GENTLER = 0.2  # times the base's rates: at the full rates, so few tokens leave the coupling worse than it began
+BUDGET_DIVISOR = 20  # the default budget is the base's tokens divided by this
+INSTANT_ANNEAL = 1e-6  # fraction of the training over which L0 is annealed: it is at its target already
+FALLBACK_RATE = 1e-3  # replaces a rate of 0 in the base's recipe, by which its sparse model was not trained
+RATE_FACTOR = 0.2  # times the base's rates: at the full rates, so few tokens leave the coupling worse than it began
 
 
 def adapt(
@@ -98,7 +98,7 @@ def prepare_adapted(
     start = {} if begun else _values_of(base, default_budget=default_budget)
     values = recipe_values(recipe=start, adapter=adapter, revision=revision, **flags)
     run = prepare(tuned, values, tokenizer=tokenizer, out=out, resume=resume, device=device, dtype=dtype, progress=progress)
-    for part in _parts_left_alone(base.dense, run.coupling):
+    for part in _unchanged_parts(base.dense, run.coupling):
         part.requires_grad_(False)
     return run
 
@@ -108,18 +108,18 @@ def _values_of(base: CoupledModels, *, default_budget: bool) -> dict[str, Any]:
     values: dict[str, Any] = base.recipe.model_dump(exclude={"dense", "revision", "adapter", "budget"})
     values["adapts"] = True
     values["sparse"]["start"] = base.path
-    values["sparsity"]["anneal"] = AT_ONCE
+    values["sparsity"]["anneal"] = INSTANT_ANNEAL
     values["refit"]["slopes"] = 0.0  # the base's decoders were refitted already
     for name in ("rate", "bridge_rate", "bridge_bias_rate"):
-        values["optimizer"][name] = GENTLER * (values["optimizer"][name] or RATE)
+        values["optimizer"][name] = RATE_FACTOR * (values["optimizer"][name] or FALLBACK_RATE)
     if default_budget:
-        values["budget"] = {"tokens": max(1, _tokens_trained(base) // SHARE)}
+        values["budget"] = {"tokens": max(1, _tokens_trained(base) // BUDGET_DIVISOR)}
     return values
 
 
 def _tokens_trained(base: CoupledModels) -> int:
     """Number of tokens a coupling was trained on, from its log, otherwise its recipe. Raises RecipeError if neither has it."""
-    log = folder_of(base.path or "") / "log.jsonl"
+    log = local_folder(base.path or "") / "log.jsonl"
     lines = log.read_text(encoding="utf-8").splitlines() if log.is_file() else []
     counts = [json.loads(line).get("tokens", 0) for line in lines if line.strip()]
     tokens = max(counts, default=base.recipe.budget.tokens)
@@ -128,15 +128,15 @@ def _tokens_trained(base: CoupledModels) -> int:
     return tokens
 
 
-def _parts_left_alone(was: DenseModel, coupling: CoupledModels) -> Iterator[nn.Module | nn.Parameter]:
+def _unchanged_parts(base_dense: DenseModel, coupling: CoupledModels) -> Iterator[nn.Module | nn.Parameter]:
     """Yield the parts of the sparse model to freeze: the fine-tune did not change their counterparts in the dense model."""
-    now, sparse = coupling.dense, coupling.sparse
-    blocks = [(one.module, other.module) for one, other in zip(was.blocks, now.blocks, strict=True)]
+    tuned_dense, sparse = coupling.dense, coupling.sparse
+    blocks = [(one.module, other.module) for one, other in zip(base_dense.blocks, tuned_dense.blocks, strict=True)]
     for index, (one, other) in enumerate(blocks):
         if _same_weights(one.parameters(), other.parameters()):
             yield sparse.blocks[index]
     inside = {id(weight) for pair in blocks for block in pair for weight in block.parameters()}
-    outside = [[weight for weight in one.model.parameters() if id(weight) not in inside] for one in (was, now)]
+    outside = [[weight for weight in one.model.parameters() if id(weight) not in inside] for one in (base_dense, tuned_dense)]
     if _same_weights(*outside):  # embedding and unembedding, tied or not
         yield from (sparse.embedding, sparse.unembedding, sparse.bigram)
         yield from () if sparse.positions is None else (sparse.positions,)

@@ -35,22 +35,22 @@ from bridge.models.dense import DenseModel
 from bridge.models.span import DenseSpan
 from bridge.training.dense_maps import (
     EPSILONS,
-    SAME,
-    UNSEEN,
+    MASKED_SCORE,
+    MAX_UNEXPLAINED,
     Affine,
+    OutputMap,
     Reading,
+    RecordedRun,
     ScoreWatcher,
-    Seen,
-    Written,
-    multiple,
-    probe,
-    reading,
+    find_readings,
+    fit_factor,
+    fit_output,
+    probe_tokens,
+    record_run,
     sites_of,
     unexplained,
-    watch,
-    written,
 )
-from bridge.training.dense_sublayers import Attention, Mlp, attention_of, capped, mlp_of
+from bridge.training.dense_sublayers import Attention, Mlp, find_attention, find_mlp, fit_soft_cap
 
 
 @dataclass(frozen=True, eq=False)
@@ -77,41 +77,43 @@ def dissect(dense: DenseModel, context: int) -> Anatomy:
     For a span, return the whole model's parts inside it; the residual that enters the span takes the place of the embedding.
     """
     if isinstance(dense, DenseSpan):
-        whole, first = dissect(dense.whole, context), dense.offset
+        whole, first = dissect(dense.whole, context), dense.first_site
         sites = range(first, first + len(dense.sublayers))
         attention = {site - first: part for site, part in whole.attention.items() if site in sites}
         mlp = {site - first: part for site, part in whole.mlp.items() if site in sites}
-        h_xd = dense.prefix(probe(dense))[:, 1:].flatten(0, 1).float()
+        h_xd = dense.prefix(probe_tokens(dense))[:, 1:].flatten(0, 1).float()
         return Anatomy(whole.centred, whole.eps, attention, mlp, h_xd, None, None, None)
-    tokens_bt = probe(dense)
-    seen = watch(dense, tokens_bt)
+    tokens_bt = probe_tokens(dense)
+    seen = record_run(dense, tokens_bt)
     sites = sites_of(dense)
     first = replace(seen, maps=[one for one in seen.maps if one.block <= 0])
-    kinds = {(centred, eps): reading(first, sites, centred, eps) for centred in (False, True) for eps in EPSILONS}
+    kinds = {(centred, eps): find_readings(first, sites, centred, eps) for centred in (False, True) for eps in EPSILONS}
     # take the norm that explains the most inputs; among equals, the one that explains them best
     centred, eps = max(kinds, key=lambda kind: (len(kinds[kind]), -sum(read.unexplained for read in kinds[kind])))
-    found = reading(seen, sites, centred, eps)
+    found = find_readings(seen, sites, centred, eps)
     anatomy = Anatomy(centred, eps, {}, {}, *_embedding(dense, tokens_bt, seen.residuals[0]), *_unembedding(seen, found))
     for block, (each, window) in enumerate(zip(seen.blocks, _windows(dense, context), strict=True)):
         attn, mlp = sites[block][0], sites[block][-1]
         here = [read for read in found if read.map.block == block]
         writers = [one for one in seen.maps if one.block == block and one.output_xo.shape == seen.residuals[0].shape]
         write_a, write_m = (seen.residuals[at + 1] - seen.residuals[at] for at in (attn, mlp))
-        attention = attention_of([read for read in here if read.site == attn], writers, each, window)
-        neurons = mlp_of([read for read in here if read.site == mlp], writers)
-        outs = [None if part is None else written(part[1], write) for part, write in ((attention, write_a), (neurons, write_m))]
+        attention = find_attention([read for read in here if read.site == attn], writers, each, window)
+        neurons = find_mlp([read for read in here if read.site == mlp], writers)
+        outs = [
+            None if part is None else fit_output(part[1], write) for part, write in ((attention, write_a), (neurons, write_m))
+        ]
         if attn == mlp and attention and neurons:
-            factor, left = multiple(attention[1].output_xo + neurons[1].output_xo, write_a)
-            outs = [Written(part[1].affine * factor) if left < SAME else None for part in (attention, neurons)]
+            factor, left = fit_factor(attention[1].output_xo + neurons[1].output_xo, write_a)
+            outs = [OutputMap(part[1].affine * factor) if left < MAX_UNEXPLAINED else None for part in (attention, neurons)]
         if attention and outs[0]:
             anatomy.attention[attn] = replace(attention[0], out=outs[0])
         if neurons and outs[1]:
             anatomy.mlp[mlp] = replace(neurons[0], out=outs[1])
-    _name_frequencies(dense, anatomy)
+    _unify_frequencies(dense, anatomy)
     return anatomy
 
 
-def _name_frequencies(dense: DenseModel, anatomy: Anatomy) -> None:
+def _unify_frequencies(dense: DenseModel, anatomy: Anatomy) -> None:
     """Make nearly equal measured frequencies exactly equal: to a module's buffer, otherwise to the first block with them."""
     known = [x.flatten().double().cpu() for name, x in dense.model.named_buffers() if name.endswith("inv_freq")]
     for site, attention in anatomy.attention.items():
@@ -140,37 +142,37 @@ def _embedding(dense: DenseModel, tokens_bt: Tensor, h_xd: Tensor) -> tuple[Tens
     position_td = at_entry(row_1t)[0] - embedding_vd[row_1t[0]]
     if weight_ud.shape[1] == embedding_vd.shape[1]:  # an offset shared by all tokens is counted as part of the positions
         weight_ud = weight_ud.to(dense.device, torch.float32)
-        factor, _ = multiple(weight_ud - weight_ud.mean(0), embedding_vd[:known])
+        factor, _ = fit_factor(weight_ud - weight_ud.mean(0), embedding_vd[:known])
         offset_d = (embedding_vd[:known] - factor * weight_ud).mean(0)
-        same = unexplained(factor * weight_ud + offset_d, embedding_vd[:known]) < SAME
+        same = unexplained(factor * weight_ud + offset_d, embedding_vd[:known]) < MAX_UNEXPLAINED
         if same and offset_d.abs().max() > 1e-5 * embedding_vd.abs().max():
             embedding_vd = F.pad(factor * weight_ud, (0, 0, 0, dense.vocabulary - known))
             position_td = position_td + offset_d
     guess_btd = embedding_vd[tokens_bt] + position_td[: tokens_bt.shape[1]]
-    if not unexplained(guess_btd.flatten(0, 1), h_xd) < SAME:
+    if not unexplained(guess_btd.flatten(0, 1), h_xd) < MAX_UNEXPLAINED:
         return None, None
     still = position_td.abs().max() <= 1e-5 * embedding_vd.abs().max()
     return embedding_vd, None if bool(still) else position_td
 
 
-def _unembedding(seen: Seen, reads: Sequence[Reading]) -> tuple[Affine | None, float | None]:
+def _unembedding(seen: RecordedRun, reads: Sequence[Reading]) -> tuple[Affine | None, float | None]:
     """Return (map, cap) from the normed last residual to the logits, any constant factor included; None for each not found."""
     for read in reads:
         if read.map.output_xo.shape == seen.logits_xv.shape and read.site == len(seen.residuals) - 1 and not read.raw:
-            scale, cap, left = capped(read.map.output_xo.double().flatten(), seen.logits_xv.double().flatten())
-            if left < SAME:
+            scale, cap, left = fit_soft_cap(read.map.output_xo.double().flatten(), seen.logits_xv.double().flatten())
+            if left < MAX_UNEXPLAINED:
                 return read.affine * scale, cap
     return None, None
 
 
 def _windows(dense: DenseModel, context: int) -> list[int | None]:
     """Return, for each block, how many tokens the last query of a `context`-long row attends to; None if it attends to all."""
-    tokens_1t, seen = probe(dense, 1, context), dict[int, int]()
+    tokens_1t, seen = probe_tokens(dense, 1, context), dict[int, int]()
     length = tokens_1t.shape[1]
 
     def softened(block: int, score: Tensor) -> None:
-        seen[block] = int((score[..., -1, :] > UNSEEN).flatten(0, -2)[0].sum())
+        seen[block] = int((score[..., -1, :] > MASKED_SCORE).flatten(0, -2)[0].sum())
 
-    with ScoreWatcher(length, lambda *_: None, softened).of(dense):
+    with ScoreWatcher(length, lambda *_: None, softened).watching(dense):
         forward(dense.model, tokens_1t)
     return [count if 0 < (count := seen.get(block, 0)) < length else None for block in range(len(dense.blocks))]

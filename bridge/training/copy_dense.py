@@ -21,13 +21,13 @@ from torch import Tensor, nn
 from bridge.models.bridges import CoupledModels
 from bridge.models.sparse import SparseTransformer
 from bridge.training.anatomy import Anatomy
-from bridge.training.dense_maps import Affine, Written, normal, unexplained
+from bridge.training.dense_maps import Affine, OutputMap, normalise, unexplained
 from bridge.training.dense_sublayers import Attention, Mlp
 
-UNMOVED = 1e-6  # largest fraction of a write's variance that a sink may cost
-TURNS, TURN_ROWS = 30, 4096  # optimisation steps for the rotation, and the number of rows of each matrix used for it
-QUIET = 0.1  # largest RMS of the write of a random sublayer, relative to the dense sublayer's
-VERIFIED = 0.9  # a copy is accepted if, without AbsTopK, it explains more than this fraction of the dense sublayer's write
+MAX_SINK_COST = 1e-6  # largest fraction of a write's variance that a sink may cost
+ROTATION_STEPS, ROTATION_ROWS = 30, 4096  # optimisation steps for the rotation, and the number of rows of each matrix used for it
+MAX_RANDOM_WRITE = 0.1  # largest RMS of the write of a random sublayer, relative to the dense sublayer's
+MIN_EXPLAINED = 0.9  # a copy is accepted if, without AbsTopK, it explains more than this fraction of the dense sublayer's write
 SMALL = 0.02  # factor on the random weights by which unused channels and neurons read
 SINKS = (-4.0, -6.0, -8.0, -12.0)  # sink logits to try: the highest that changes nothing, as it still has a gradient
 NO_SINK = -30.0
@@ -57,35 +57,35 @@ class Frame:
         """Return h_xd as the norm sees it: minus its mean if the norm is a LayerNorm, otherwise unchanged."""
         return h_xd - h_xd.mean(-1, keepdim=True) if self.centred else h_xd
 
-    def into(self, h_xd: Tensor) -> Tensor:
+    def to_dense_channels(self, h_xd: Tensor) -> Tensor:
         """Map the dense residual, or a write to it, to the first d channels of the sparse residual."""
         return self.centre(h_xd) @ self.turn_dd / self.scale
 
     def normal(self, h_xd: Tensor) -> Tensor:
         """Return z_xd of a dense residual."""
-        return normal(self.place(h_xd), False, self.eps)[..., : self.d] * self.gain @ self.turn_dd.T
+        return normalise(self.to_sparse(h_xd), False, self.eps)[..., : self.d] * self.gain @ self.turn_dd.T
 
-    def read(self, part: Affine, raw: bool) -> Affine:
+    def convert_reader(self, part: Affine, raw: bool) -> Affine:
         """Convert a map of z into a map of the sparse norm's output; if raw, a map of h into a map of x."""
         return Affine(part.weight_oi @ self.turn_dd * (self.scale if raw else self.gain), part.bias_o)
 
-    def place(self, h_xd: Tensor) -> Tensor:
+    def to_sparse(self, h_xd: Tensor) -> Tensor:
         """Return x_xs of a dense residual."""
-        return F.pad(self.into(h_xd), (0, self.s - self.d))
+        return F.pad(self.to_dense_channels(h_xd), (0, self.s - self.d))
 
 
-def turn_of(anatomy: Anatomy, frame: Frame) -> Tensor:
+def find_rotation(anatomy: Anatomy, frame: Frame) -> Tensor:
     """Return the rotation that maximises the sum of fourth powers of embedding and unembedding, with rows scaled to length 1.
 
     The iteration starts at the embedding's principal axes; each step takes the orthogonal matrix nearest to the gradient.
     """
     weights = [anatomy.embedding_vd, None if anatomy.unembedding is None else anatomy.unembedding.weight_oi]
-    unit = [F.normalize(frame.centre(w_vd[:: 1 + len(w_vd) // TURN_ROWS]), dim=-1) for w_vd in weights if w_vd is not None]
+    unit = [F.normalize(frame.centre(w_vd[:: 1 + len(w_vd) // ROTATION_ROWS]), dim=-1) for w_vd in weights if w_vd is not None]
     if not unit:
         return frame.turn_dd
     unit_xd = torch.cat(unit)
     turn_dd = torch.linalg.eigh(unit[0].T @ unit[0]).eigenvectors
-    for _ in range(TURNS):
+    for _ in range(ROTATION_STEPS):
         left_dd, _, right_dd = torch.linalg.svd(unit_xd.T @ (unit_xd @ turn_dd).pow(3))
         turn_dd = left_dd @ right_dd
     return turn_dd
@@ -93,11 +93,11 @@ def turn_of(anatomy: Anatomy, frame: Frame) -> Tensor:
 
 def copy_bridges(coupling: CoupledModels, frame: Frame) -> None:
     """Set every encoder to x = centred(h) / S and every decoder to its inverse, given the bridge's constants mu and sigma."""
-    placed_sd = frame.place(torch.eye(frame.d, device=coupling.dense.device)).T
+    placed_sd = frame.to_sparse(torch.eye(frame.d, device=coupling.dense.device)).T
     for site in range(coupling.n_sites):
         bridge = coupling.bridges[site]
         bridge.encoder.weight.copy_(placed_sd * bridge.scale)
-        bridge.encoder.bias.copy_(frame.place(bridge.mean_d))
+        bridge.encoder.bias.copy_(frame.to_sparse(bridge.mean_d))
         bridge.decoder.weight.copy_(placed_sd.T * frame.scale**2 / bridge.scale)
         bridge.decoder.bias.copy_(-frame.centre(bridge.mean_d) / bridge.scale)
 
@@ -110,10 +110,10 @@ def copy_embedding(sparse: SparseTransformer, frame: Frame, anatomy: Anatomy) ->
     if sparse.positions is not None:
         sparse.positions.zero_()
         if position_td is not None:
-            sparse.positions.copy_(frame.place(position_td[: sparse.context]))
+            sparse.positions.copy_(frame.to_sparse(position_td[: sparse.context]))
     elif position_td is not None:
         embedding_vd = embedding_vd + position_td[: sparse.context].mean(0)
-    sparse.embedding.copy_(frame.place(embedding_vd))
+    sparse.embedding.copy_(frame.to_sparse(embedding_vd))
     return True
 
 
@@ -121,7 +121,7 @@ def copy_unembedding(sparse: SparseTransformer, frame: Frame, anatomy: Anatomy) 
     """Copy the unembedding if the logits are a linear map of the normed last residual, with the same soft cap."""
     if anatomy.unembedding is None or sparse.form.logit_cap != anatomy.logit_cap:
         return False
-    _read_by(sparse.unembedding, slice(None), frame.read(anatomy.unembedding, raw=False))
+    _set_reader(sparse.unembedding, slice(None), frame.convert_reader(anatomy.unembedding, raw=False))
     return True
 
 
@@ -132,7 +132,7 @@ def copy_sublayer(
     dense, sparse = coupling.dense, coupling.sparse
     kind, layer = dense.sublayers[site], sum(other != "mlp" for other in dense.sublayers[: site + 1]) - 1
     block: Any = sparse.blocks[layer]
-    x_bts, wanted_btd = frame.place(residuals[site]), frame.into(residuals[site + 1] - residuals[site])
+    x_bts, wanted_btd = frame.to_sparse(residuals[site]), frame.to_dense_channels(residuals[site + 1] - residuals[site])
     attention, mlp = anatomy.attention.get(site), anatomy.mlp.get(site)
     keeping_all = copy(sparse)  # the same weights, without AbsTopK
     keeping_all.shape = sparse.shape.model_copy(update={"keep": 1.0})
@@ -147,16 +147,16 @@ def copy_sublayer(
         kind == "mlp" or (attention is not None and _copy_attention(sparse, layer, frame, attention, z_xd)),
         kind == "attn" or (mlp is not None and _copy_mlp(sparse, block, frame, mlp)),
     ])  # fmt: skip
-    if not written or not (best := explained(keeping_all)) > VERIFIED:
+    if not written or not (best := explained(keeping_all)) > MIN_EXPLAINED:
         block.load_state_dict(before)
         size = (keeping_all.sublayer(site)(x_bts) - x_bts).square().mean().sqrt()
-        quiet = (QUIET * wanted_btd.square().mean().sqrt() / size.clamp_min(1e-12)).clamp(max=1)
+        quiet = (MAX_RANDOM_WRITE * wanted_btd.square().mean().sqrt() / size.clamp_min(1e-12)).clamp(max=1)
         for linear in [block.o] * (kind != "mlp") + [block.down] * (kind != "attn"):
             linear.weight *= quiet  # large random writes would hide the copied ones
         return None
     for sink in SINKS if kind != "mlp" and sparse.shape.sinks else ():
         block.sinks.fill_(sink)
-        if explained(keeping_all) > best - UNMOVED:
+        if explained(keeping_all) > best - MAX_SINK_COST:
             break
         block.sinks.fill_(NO_SINK)
     return explained(sparse)
@@ -169,9 +169,9 @@ def _copy_mlp(sparse: SparseTransformer, block: Any, frame: Frame, mlp: Mlp) -> 
     if not same or mlp.neurons > sparse.neurons:
         return False
     if mlp.gate is not None:
-        _read_by(block.gate, rows, frame.read(mlp.gate, mlp.raw))
-    _read_by(block.up, rows, frame.read(mlp.up, mlp.raw))
-    return _write_by(block, "mlp_out", block.down, rows, frame, mlp.out)
+        _set_reader(block.gate, rows, frame.convert_reader(mlp.gate, mlp.raw))
+    _set_reader(block.up, rows, frame.convert_reader(mlp.up, mlp.raw))
+    return _set_writer(block, "mlp_out", block.down, rows, frame, mlp.out)
 
 
 def _copy_attention(sparse: SparseTransformer, layer: int, frame: Frame, attention: Attention, z_xd: Tensor) -> bool:
@@ -192,18 +192,18 @@ def _copy_attention(sparse: SparseTransformer, layer: int, frame: Frame, attenti
     if not same:  # other sparse heads, of which several may copy one dense head
         if not plain or attention.heads * parts > sparse.heads_of_keys or sparse.group > 1 or (parts > 1 and turns):
             return False
-        k, v = (_repeated(part, attention.heads, channels) for part in (k, v))
+        k, v = (_repeat_heads(part, attention.heads, channels) for part in (k, v))
     if plain and not turns and not attention.raw:
         k = Affine(k.weight_oi, -k.weight_oi @ z_xd.mean(0))
     row_hc = parts * own * torch.arange(attention.heads)[:, None] + torch.arange(channels)
     value_rows, v_rows = row_hc.flatten(), row_hc.flatten()[: len(v.bias_o)]
     q_rows, k_rows = value_rows, v_rows
     if parts > 1:
-        q, k = (_repeated(part, attention.heads * parts, own) for part in _narrowed(q, k, z_xd, attention.heads, own))
+        q, k = (_repeat_heads(part, attention.heads * parts, own) for part in _reduce_channels(q, k, z_xd, attention.heads, own))
         q_rows = k_rows = torch.arange(attention.heads * parts * own)
     q = q * math.sqrt(own / channels)
     for linear, rows, part in ((block.q, q_rows, q), (block.k, k_rows, k), (block.v, v_rows, v)):
-        _read_by(linear, rows, frame.read(part, attention.raw))
+        _set_reader(linear, rows, frame.convert_reader(part, attention.raw))
     if attention.gains is not None:
         for kind, linear, rows, gain_o in zip("qk", (block.q, block.k), (q_rows, k_rows), attention.gains, strict=True):
             if kind not in block.gains:
@@ -217,10 +217,10 @@ def _copy_attention(sparse: SparseTransformer, layer: int, frame: Frame, attenti
             block.gains[kind].fill_(SMALL)  # a norm per head would scale unused channels up to the size of used ones
             block.gains[kind][rows] = gain_o * math.sqrt(share)
     block.sinks.fill_(NO_SINK)
-    return _write_by(block, "attn_out", block.o, value_rows, frame, attention.out)
+    return _set_writer(block, "attn_out", block.o, value_rows, frame, attention.out)
 
 
-def _narrowed(q: Affine, k: Affine, z_xd: Tensor, heads: int, own: int) -> tuple[Affine, Affine]:
+def _reduce_channels(q: Affine, k: Affine, z_xd: Tensor, heads: int, own: int) -> tuple[Affine, Affine]:
     """Return queries and keys with `own` channels per head whose scores on the text are nearest to the given ones (by SVD)."""
     q_htc, k_htc = (part(z_xd).unflatten(-1, (heads, -1)).transpose(0, 1) for part in (q, k))
     q_hcc, k_hcc = torch.linalg.qr(q_htc).R, torch.linalg.qr(k_htc).R  # scores are (.. Q) R_q R_k^T (.. Q)^T
@@ -234,13 +234,13 @@ def _narrowed(q: Affine, k: Affine, z_xd: Tensor, heads: int, own: int) -> tuple
     return narrow[0], narrow[1]
 
 
-def _repeated(part: Affine, heads: int, channels: int) -> Affine:
+def _repeat_heads(part: Affine, heads: int, channels: int) -> Affine:
     """Repeat keys or values that several heads share, once for each head."""
     row_hc = torch.arange(len(part.bias_o)).view(-1, channels)
     return part.rows(row_hc.repeat_interleave(heads // len(row_hc), 0).flatten())
 
 
-def _read_by(linear: nn.Linear, rows: slice | Tensor, part: Affine) -> None:
+def _set_reader(linear: nn.Linear, rows: slice | Tensor, part: Affine) -> None:
     """Set some outputs of a map to these weights on the dense channels; the other outputs' weights become small, biases 0."""
     linear.weight.mul_(SMALL)
     linear.weight[rows] = 0
@@ -249,17 +249,17 @@ def _read_by(linear: nn.Linear, rows: slice | Tensor, part: Affine) -> None:
     linear.bias[rows] = part.bias_o
 
 
-def _write_by(block: Any, kind: str, linear: nn.Linear, columns: slice | Tensor, frame: Frame, out: Written) -> bool:
+def _set_writer(block: Any, kind: str, linear: nn.Linear, columns: slice | Tensor, frame: Frame, out: OutputMap) -> bool:
     """Set some inputs of a map to these weights into the dense channels, the rest to 0; False if the block has another form."""
     if (kind in block.gains) != (out.gain_d is not None):
         return False
     weight_do, bias_d = out.map.weight_oi, out.map.bias_o
     if out.gain_d is None:
-        weight_do, bias_d = frame.into(weight_do.T).T, frame.into(bias_d)
+        weight_do, bias_d = frame.to_dense_channels(weight_do.T).T, frame.to_dense_channels(bias_d)
     else:
         times = math.sqrt(frame.eps * frame.s / (frame.d * out.eps)) if frame.eps and out.eps else 1.0
         weight_do, bias_d = weight_do * times, bias_d * times
-        block.gains[kind][: frame.d] = frame.into(out.gain_d) * frame.gain
+        block.gains[kind][: frame.d] = frame.to_dense_channels(out.gain_d) * frame.gain
     linear.weight.zero_()
     linear.weight[: frame.d, columns] = weight_do
     linear.bias.zero_()

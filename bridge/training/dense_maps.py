@@ -18,13 +18,13 @@ from torch.overrides import TorchFunctionMode
 
 from bridge.huggingface.site_discovery import first_tensor, output_tensor
 from bridge.models.dense import DenseModel
-from bridge.models.dense_run import exclusive
+from bridge.models.dense_run import lock_runs
 from bridge.models.sparse_blocks import norm_scale
 
-ROWS, TOKENS = 6, 29  # size of the probe; 29 is unlikely to be a width, so token axes can be recognised
-SAME = 1e-3  # two tensors count as the same, up to constants, below this unexplained fraction of the variance
+PROBE_ROWS, PROBE_TOKENS = 6, 29  # size of the probe; 29 is unlikely to be a width, so token axes can be recognised
+MAX_UNEXPLAINED = 1e-3  # two tensors count as the same, up to constants, below this unexplained fraction of the variance
 EPSILONS = (0.0, 1e-12, 1e-8, 1e-6, 1e-5, 1e-4, 1e-3)
-UNSEEN = -1e4  # scores up to this value are masked
+MASKED_SCORE = -1e4  # scores up to this value are masked
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,7 +48,7 @@ class Affine:
 
 
 @dataclass(frozen=True, eq=False)
-class Written:
+class OutputMap:
     """The last map of a sublayer, and the gain and eps of the norm on its output (gain_d None: no norm)."""
 
     map: Affine
@@ -78,7 +78,7 @@ class Reading:
 
 
 @dataclass(eq=False)
-class Attended:
+class RecordedAttention:
     """Queries and keys multiplied in a block, and the scores that went into the softmax."""
 
     q_bhtc: Tensor | None = None
@@ -87,11 +87,11 @@ class Attended:
 
 
 @dataclass(frozen=True, eq=False)
-class Seen:
+class RecordedRun:
     """Maps, attention, residuals and logits recorded in a run."""
 
     maps: list[CalledMap]
-    blocks: list[Attended]
+    blocks: list[RecordedAttention]
     residuals: list[Tensor]  # h_xd of every site
     logits_xv: Tensor
 
@@ -110,9 +110,9 @@ class ScoreWatcher(TorchFunctionMode):
         self.block = block
 
     @contextmanager
-    def of(self, dense: DenseModel) -> Iterator[None]:
+    def watching(self, dense: DenseModel) -> Iterator[None]:
         """Context manager in which the runs of the model are watched."""
-        with exclusive(), ExitStack() as hooks, self:
+        with lock_runs(), ExitStack() as hooks, self:
             for index, block in enumerate(dense.blocks):
                 hooks.enter_context(block.module.register_forward_pre_hook(partial(self._enter, index)))
             yield
@@ -127,7 +127,7 @@ class ScoreWatcher(TorchFunctionMode):
             with torch._C.DisableTorchFunction():
                 q, k = given[0], given[1]
                 self.multiplied(self.block, q, k)
-                self.softened(self.block, _scored(q, k, given[3] if len(given) > 3 else None, kwargs.get("scale")))
+                self.softened(self.block, _attention_scores(q, k, given[3] if len(given) > 3 else None, kwargs.get("scale")))
         elif name == "softmax" and tuple(given[0].shape[-2:]) == square:
             self.softened(self.block, given[0])
         elif isinstance(out, Tensor) and tuple(out.shape[-2:]) == square:
@@ -138,7 +138,7 @@ class ScoreWatcher(TorchFunctionMode):
         return out
 
 
-def _scored(q_bhtc: Tensor, k_bgtc: Tensor, mask: Tensor | None, scale: float | None) -> Tensor:
+def _attention_scores(q_bhtc: Tensor, k_bgtc: Tensor, mask: Tensor | None, scale: float | None) -> Tensor:
     """Return the scores that scaled_dot_product_attention computes; without a mask, the mask is causal."""
     k_bhtc = k_bgtc.repeat_interleave(q_bhtc.shape[1] // k_bgtc.shape[1], 1)
     score_bhtt = q_bhtc.float() @ k_bhtc.float().transpose(-1, -2) * (scale or 1 / math.sqrt(q_bhtc.shape[-1]))
@@ -147,7 +147,7 @@ def _scored(q_bhtc: Tensor, k_bgtc: Tensor, mask: Tensor | None, scale: float | 
     return score_bhtt.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else score_bhtt + mask
 
 
-def probe(dense: DenseModel, rows: int = ROWS, tokens: int = TOKENS) -> Tensor:
+def probe_tokens(dense: DenseModel, rows: int = PROBE_ROWS, tokens: int = PROBE_TOKENS) -> Tensor:
     """Return random tokens_bt, at most as long as the model's context."""
     length = min(tokens, dense.context or tokens)
     generator = torch.Generator().manual_seed(0)
@@ -156,9 +156,9 @@ def probe(dense: DenseModel, rows: int = ROWS, tokens: int = TOKENS) -> Tensor:
     return torch.randint(known, (rows, length), generator=generator).to(dense.device)
 
 
-def watch(dense: DenseModel, tokens_bt: Tensor) -> Seen:
+def record_run(dense: DenseModel, tokens_bt: Tensor) -> RecordedRun:
     """Run the model on the tokens and record its maps, attention, residuals and logits."""
-    blocks, maps = [Attended() for _ in dense.blocks], dict[nn.Module, CalledMap]()
+    blocks, maps = [RecordedAttention() for _ in dense.blocks], dict[nn.Module, CalledMap]()
     block_of = {module: index for index, block in enumerate(dense.blocks) for module in block.module.modules()}
 
     def plain(x: Tensor) -> Tensor:
@@ -174,7 +174,7 @@ def watch(dense: DenseModel, tokens_bt: Tensor) -> Seen:
         bias_o = torch.zeros_like(y_xo[0]) if bias is None else plain(bias)
         for weight_oi in (weight, weight.T):  # transformers' Conv1D stores weights as (inputs, outputs)
             fits = weight_oi.shape == (y_xo.shape[1], x_xi.shape[1])
-            if fits and unexplained(torch.addmm(bias_o, x_xi, weight_oi.T), y_xo) < 10 * SAME:
+            if fits and unexplained(torch.addmm(bias_o, x_xi, weight_oi.T), y_xo) < 10 * MAX_UNEXPLAINED:
                 maps[module] = CalledMap(Affine(weight_oi, bias_o), x_xi.clone(), y_xo.clone(), block_of.get(module, -1))
                 return
 
@@ -188,14 +188,14 @@ def watch(dense: DenseModel, tokens_bt: Tensor) -> Seen:
     def softened(block: int, score: Tensor) -> None:
         blocks[block].score_bhtt = by_row(score)
 
-    with ScoreWatcher(tokens_bt.shape[1], multiplied, softened).of(dense), ExitStack() as hooks:
+    with ScoreWatcher(tokens_bt.shape[1], multiplied, softened).watching(dense), ExitStack() as hooks:
         for module in dense.model.modules():
             weight = getattr(module, "weight", None)
             if isinstance(weight, Tensor) and weight.dim() == 2:
                 hooks.enter_context(module.register_forward_hook(see, with_kwargs=True))
         trace = dense.run(tokens_bt)
     residuals = [h_btd.flatten(0, 1).float() for h_btd in trace.residuals]
-    return Seen(list(maps.values()), blocks, residuals, trace.logits_btv.flatten(0, 1).float())
+    return RecordedRun(list(maps.values()), blocks, residuals, trace.logits_btv.flatten(0, 1).float())
 
 
 # --- maps that read and write
@@ -212,7 +212,7 @@ def sites_of(dense: DenseModel) -> dict[int, list[int]]:
     return sites
 
 
-def reading(seen: Seen, sites: Mapping[int, Sequence[int]], centred: bool, eps: float) -> list[Reading]:
+def find_readings(seen: RecordedRun, sites: Mapping[int, Sequence[int]], centred: bool, eps: float) -> list[Reading]:
     """Return the maps that read the residual, each with the site of its block that explains its input best."""
     found: list[Reading] = []
     known: list[tuple[Tensor, tuple[float, int, bool, Tensor, Tensor]]] = []  # several maps may have the same input
@@ -225,7 +225,7 @@ def reading(seen: Seen, sites: Mapping[int, Sequence[int]], centred: bool, eps: 
             best = min(fits, key=lambda fit: fit[0])
             known.append((one.input_xi, best))
         left, site, raw, gain_d, bias_d = best
-        if left < SAME:
+        if left < MAX_UNEXPLAINED:
             weight_od, bias_o = one.affine.weight_oi, one.affine.bias_o
             found.append(Reading(one, Affine(weight_od * gain_d, weight_od @ bias_d + bias_o), site, raw, left))
     return found
@@ -235,20 +235,20 @@ def _fit_read(
     input_xd: Tensor, h_xd: Tensor, site: int, centred: bool, eps: float
 ) -> tuple[float, int, bool, Tensor, Tensor]:  # fmt: skip
     """Fit an input as g z + b, or as h, whichever is better; return (unexplained, site, raw, gain_d, bias_d)."""
-    gain_d, bias_d, left = gain(normal(h_xd, centred, eps), input_xd, biased=centred)
+    gain_d, bias_d, left = fit_gain(normalise(h_xd, centred, eps), input_xd, biased=centred)
     raw = unexplained(h_xd, input_xd)
     if raw < left:
         return raw, site, True, torch.ones_like(gain_d), torch.zeros_like(gain_d)
     return left, site, False, gain_d, bias_d
 
 
-def normal(h_xd: Tensor, centred: bool, eps: float) -> Tensor:
+def normalise(h_xd: Tensor, centred: bool, eps: float) -> Tensor:
     """Return z_xd of a residual."""
     h_xd = h_xd - h_xd.mean(-1, keepdim=True) if centred else h_xd
     return h_xd * norm_scale(h_xd, max(eps, 1e-20))
 
 
-def gain(z_xd: Tensor, y_xd: Tensor, *, biased: bool) -> tuple[Tensor, Tensor, float]:
+def fit_gain(z_xd: Tensor, y_xd: Tensor, *, biased: bool) -> tuple[Tensor, Tensor, float]:
     """Fit y = gain z + bias for each channel (bias 0 unless biased); return (gain_d, bias_d, unexplained)."""
     mean_d, offset_d = (z_xd.mean(0), y_xd.mean(0)) if biased else (torch.zeros_like(z_xd[0]), torch.zeros_like(z_xd[0]))
     z0_xd = z_xd - mean_d
@@ -257,20 +257,20 @@ def gain(z_xd: Tensor, y_xd: Tensor, *, biased: bool) -> tuple[Tensor, Tensor, f
     return gain_d, bias_d, unexplained(gain_d * z_xd + bias_d, y_xd)
 
 
-def multiple(x: Tensor, y: Tensor) -> tuple[float, float]:
+def fit_factor(x: Tensor, y: Tensor) -> tuple[float, float]:
     """Fit y = c x; return (c, unexplained)."""
     factor = ((x * y).sum() / x.square().sum().clamp_min(1e-20)).item()
     return factor, unexplained(factor * x, y)
 
 
-def written(one: CalledMap, write_xd: Tensor) -> Written | None:
+def fit_output(one: CalledMap, write_xd: Tensor) -> OutputMap | None:
     """Return the steps from a map's output to its sublayer's write: a factor, or a norm with a gain; None if neither fits."""
-    factor, left = multiple(one.output_xo, write_xd)
-    if left < SAME:
-        return Written(one.affine * factor)
-    fits = [(gain(normal(one.output_xo, False, eps), write_xd, biased=False), eps) for eps in EPSILONS]
+    factor, left = fit_factor(one.output_xo, write_xd)
+    if left < MAX_UNEXPLAINED:
+        return OutputMap(one.affine * factor)
+    fits = [(fit_gain(normalise(one.output_xo, False, eps), write_xd, biased=False), eps) for eps in EPSILONS]
     (gain_d, _, left), eps = min(fits, key=lambda fit: fit[0][2])
-    return Written(one.affine, gain_d, eps) if left < SAME else None
+    return OutputMap(one.affine, gain_d, eps) if left < MAX_UNEXPLAINED else None
 
 
 def unexplained(guess_xy: Tensor, target_xy: Tensor) -> float:

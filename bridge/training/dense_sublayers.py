@@ -17,19 +17,19 @@ from bridge.models.sparse_blocks import ACTIVATIONS
 from bridge.recipe import AttentionShape
 from bridge.training.dense_maps import (
     EPSILONS,
-    SAME,
-    UNSEEN,
+    MASKED_SCORE,
+    MAX_UNEXPLAINED,
     Affine,
-    Attended,
     CalledMap,
+    OutputMap,
     Reading,
-    Written,
-    gain,
-    normal,
+    RecordedAttention,
+    fit_gain,
+    normalise,
     unexplained,
 )
 
-CAPS = (0.1, 500.0)  # range in which a soft cap is searched
+CAP_RANGE = (0.1, 500.0)  # range in which a soft cap is searched
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,7 +42,7 @@ class Attention:
     q: Affine
     k: Affine
     v: Affine
-    out: Written
+    out: OutputMap
     channels: int
     shape: AttentionShape
     cap: float | None
@@ -68,7 +68,7 @@ class Mlp:
 
     gate: Affine | None
     up: Affine
-    out: Written
+    out: OutputMap
     activation: str
     raw: bool
 
@@ -78,8 +78,8 @@ class Mlp:
         return len(self.up.bias_o)
 
 
-def attention_of(
-    reads: Sequence[Reading], writers: Sequence[CalledMap], seen: Attended, window: int | None
+def find_attention(
+    reads: Sequence[Reading], writers: Sequence[CalledMap], seen: RecordedAttention, window: int | None
 ) -> tuple[Attention, CalledMap] | None:
     """Find the attention whose inputs some maps compute; return it with the map that writes, None if it fits no known form."""
     q_bhtc, k_bhtc, score_bhtt = seen.q_bhtc, seen.k_bhtc, seen.score_bhtt
@@ -90,7 +90,7 @@ def attention_of(
     column_bto = torch.cat([read.map.output_xo for read in reads], -1).unflatten(0, (rows, -1))
     for one in writers:
         first_bi = one.input_xi.unflatten(0, (rows, -1))[:, 0]
-        if first_bi.shape[1] != heads * channels or (found := _along(first_bi, column_bto[:, 0])) is None:
+        if first_bi.shape[1] != heads * channels or (found := _match_columns(first_bi, column_bto[:, 0])) is None:
             continue
         v_hc = found[0].view(heads, channels)
         distinct = list(dict.fromkeys(map(tuple, v_hc.tolist())))
@@ -98,25 +98,25 @@ def attention_of(
         if [list(distinct[head // group]) for head in range(heads)] != v_hc.tolist():
             return None
         k_bgtc = k_bhtc[:, ::group] if k_bhtc.shape[1] == heads else k_bhtc
-        before_q, before_k = (_queries(x_bhtc, affine, column_bto, reads) for x_bhtc in (q_bhtc, k_bgtc))
+        before_q, before_k = (_find_queries(x_bhtc, affine, column_bto, reads) for x_bhtc in (q_bhtc, k_bgtc))
         if before_q is None or before_k is None or (before_q.gain_o is None) != (before_k.gain_o is None):
             return None
-        turn = _turn(torch.cat([before_q.value_bhtc, before_k.value_bhtc], 1), torch.cat([q_bhtc, k_bgtc], 1))
-        response = _response(q_bhtc @ k_bgtc.repeat_interleave(heads // k_bgtc.shape[1], 1).transpose(-1, -2), score_bhtt)
+        turn = _fit_rotation(torch.cat([before_q.value_bhtc, before_k.value_bhtc], 1), torch.cat([q_bhtc, k_bgtc], 1))
+        response = _fit_scores(q_bhtc @ k_bgtc.repeat_interleave(heads // k_bgtc.shape[1], 1).transpose(-1, -2), score_bhtt)
         if turn is None or response is None:
             return None
         (frequencies, order_c), (scale, cap, alibi) = turn, response
         shape = AttentionShape(frequencies=frequencies, window=window, slopes=alibi)
-        q, gain_q = before_q.ordered(order_c, scale * math.sqrt(channels))
-        k, gain_k = before_k.ordered(order_c, 1.0)
+        q, gain_q = before_q.reorder(order_c, scale * math.sqrt(channels))
+        k, gain_k = before_k.reorder(order_c, 1.0)
         gains = None if gain_q is None or gain_k is None else (gain_q, gain_k)
         v = affine.rows(v_hc[::group].flatten(), found[1].view(heads, channels)[::group].flatten())
         by_head, norm_eps = before_q.by_head, before_q.eps
-        return Attention(q, k, v, Written(one.affine), channels, shape, cap, gains, by_head, norm_eps, reads[0].raw), one
+        return Attention(q, k, v, OutputMap(one.affine), channels, shape, cap, gains, by_head, norm_eps, reads[0].raw), one
     return None
 
 
-def _along(want_bi: Tensor, column_bo: Tensor) -> tuple[Tensor, Tensor] | None:
+def _match_columns(want_bi: Tensor, column_bo: Tensor) -> tuple[Tensor, Tensor] | None:
     """Match each wanted column to an equal column, or else a parallel one; return (index_i, factor_i), None if there is none."""
     near_i, index_i = torch.cdist(want_bi.T.double(), column_bo.T.double()).min(1)  # equality first: many columns may be parallel
     if bool((near_i <= 1e-4 * want_bi.norm(dim=0) + 1e-6 * want_bi.abs().max()).all()):
@@ -138,7 +138,7 @@ class _Queries:
     eps: float
     value_bhtc: Tensor
 
-    def ordered(self, order_c: Tensor, factor: float) -> tuple[Affine, Tensor | None]:
+    def reorder(self, order_c: Tensor, factor: float) -> tuple[Affine, Tensor | None]:
         """Return map and gain with each head's channels reordered; the gain, or the map if there is none, is times a factor."""
         order_o = torch.arange(len(self.map.bias_o), device=order_c.device).view(-1, len(order_c))[:, order_c].flatten()
         if self.gain_o is None:
@@ -146,14 +146,14 @@ class _Queries:
         return self.map.rows(order_o), self.gain_o[order_o] * factor
 
 
-def _queries(x_bhtc: Tensor, affine: Affine, column_bto: Tensor, reads: Sequence[Reading]) -> _Queries | None:
+def _find_queries(x_bhtc: Tensor, affine: Affine, column_bto: Tensor, reads: Sequence[Reading]) -> _Queries | None:
     rows, heads, _, channels = x_bhtc.shape
     first_bo = x_bhtc[:, :, 0].flatten(1)
 
     def heads_of(value_bto: Tensor) -> Tensor:
         return value_bto.unflatten(-1, (heads, channels)).transpose(1, 2)
 
-    if (found := _along(first_bo, column_bto[:, 0])) is not None:
+    if (found := _match_columns(first_bo, column_bto[:, 0])) is not None:
         index_o, factor_o = found
         return _Queries(affine.rows(index_o, factor_o), None, True, 0.0, heads_of(column_bto[..., index_o] * factor_o))
     best: tuple[float, _Queries] | None = None
@@ -161,14 +161,14 @@ def _queries(x_bhtc: Tensor, affine: Affine, column_bto: Tensor, reads: Sequence
         if len(read.affine.bias_o) != heads * channels:
             continue
         y_bthc = read.map.output_xo.unflatten(0, (rows, -1)).unflatten(-1, (heads if by_head else 1, -1))
-        y_bto = normal(y_bthc, False, eps).flatten(-2)
-        gain_o, _, left = gain(y_bto[:, 0], first_bo, biased=False)
+        y_bto = normalise(y_bthc, False, eps).flatten(-2)
+        gain_o, _, left = fit_gain(y_bto[:, 0], first_bo, biased=False)
         if best is None or left < best[0]:
             best = left, _Queries(read.affine, gain_o, by_head, eps, heads_of(y_bto * gain_o))
-    return best[1] if best is not None and best[0] < SAME else None
+    return best[1] if best is not None and best[0] < MAX_UNEXPLAINED else None
 
 
-def _turn(before_bhtc: Tensor, after_bhtc: Tensor) -> tuple[tuple[float, ...], Tensor] | None:
+def _fit_rotation(before_bhtc: Tensor, after_bhtc: Tensor) -> tuple[tuple[float, ...], Tensor] | None:
     """Return (frequencies, order_c): radians per token of each pair, the order in which pairs are halves; None without a fit."""
     channels, length = before_bhtc.shape[-1], before_bhtc.shape[2]
     natural_c = torch.arange(channels, device=before_bhtc.device)
@@ -197,12 +197,12 @@ def _turn(before_bhtc: Tensor, after_bhtc: Tensor) -> tuple[tuple[float, ...], T
     return tuple(frequency_p.tolist()), best[2]
 
 
-def _response(product_bhtt: Tensor, score_bhtt: Tensor) -> tuple[float, float | None, tuple[float, ...]] | None:
+def _fit_scores(product_bhtt: Tensor, score_bhtt: Tensor) -> tuple[float, float | None, tuple[float, ...]] | None:
     """Fit scores as functions of q . k and the key's position; return (scale, cap, ALiBi of each head), None without a fit."""
-    seen_bhtt = (score_bhtt > UNSEEN).expand_as(product_bhtt)
+    seen_bhtt = (score_bhtt > MASKED_SCORE).expand_as(product_bhtt)
     score_bhtt = score_bhtt.expand_as(product_bhtt).double()
     product_bhtt, place_t = product_bhtt.double(), torch.arange(score_bhtt.shape[-1], device=score_bhtt.device).double()
-    scale, cap, left = capped(product_bhtt[seen_bhtt], score_bhtt[seen_bhtt])
+    scale, cap, left = fit_soft_cap(product_bhtt[seen_bhtt], score_bhtt[seen_bhtt])
     if left < 1e-6:
         return scale, cap, ()
 
@@ -217,7 +217,7 @@ def _response(product_bhtt: Tensor, score_bhtt: Tensor) -> tuple[float, float | 
     return (both[:, 0].mean().item(), None, tuple(both[:, 1].float().tolist())) if left < 1e-6 and bool(alike) else None
 
 
-def capped(x: Tensor, y: Tensor) -> tuple[float, float | None, float]:
+def fit_soft_cap(x: Tensor, y: Tensor) -> tuple[float, float | None, float]:
     """Fit y = scale x, or y = cap tanh(scale x / cap) if that is much better; return (scale, cap, unexplained)."""
     total = y.square().sum().clamp_min(1e-20)
 
@@ -231,7 +231,7 @@ def capped(x: Tensor, y: Tensor) -> tuple[float, float | None, float]:
     scale, left = fit(None)
     if left < 1e-9:
         return scale, None, left
-    low, high = math.log(max(CAPS[0], y.abs().max().item())), math.log(CAPS[1])
+    low, high = math.log(max(CAP_RANGE[0], y.abs().max().item())), math.log(CAP_RANGE[1])
     for _ in range(6):
         places = torch.linspace(low, high, 33).tolist()
         best = min(range(33), key=lambda place: fit(math.exp(places[place]))[1])
@@ -241,7 +241,7 @@ def capped(x: Tensor, y: Tensor) -> tuple[float, float | None, float]:
     return (capped_scale, cap, capped_left) if capped_left < 0.01 * left else (scale, None, left)
 
 
-def mlp_of(reads: Sequence[Reading], writers: Sequence[CalledMap]) -> tuple[Mlp, CalledMap] | None:
+def find_mlp(reads: Sequence[Reading], writers: Sequence[CalledMap]) -> tuple[Mlp, CalledMap] | None:
     """Find the MLP whose inputs some maps compute; return it with the map that writes, None if no form fits."""
     for one in writers:
         neurons = one.affine.weight_oi.shape[1]
@@ -251,7 +251,7 @@ def mlp_of(reads: Sequence[Reading], writers: Sequence[CalledMap]) -> tuple[Mlp,
             if len(read.affine.bias_o) % neurons == 0
             for part, y_xm in enumerate(read.map.output_xo.split(neurons, -1))
         ]
-        out = Written(one.affine)
+        out = OutputMap(one.affine)
         fits: list[tuple[float, Mlp]] = []
         for name, activation in ACTIVATIONS.items():
             for up, y_xm, raw in parts:
@@ -259,6 +259,6 @@ def mlp_of(reads: Sequence[Reading], writers: Sequence[CalledMap]) -> tuple[Mlp,
             for (gate, gate_xm, raw), (up, up_xm, _) in permutations(parts, 2):
                 fits.append((unexplained(activation(gate_xm) * up_xm, one.input_xi), Mlp(gate, up, out, name, raw)))
         left, best = min(fits, key=lambda fit: fit[0], default=(math.inf, None))
-        if best is not None and left < SAME:
+        if best is not None and left < MAX_UNEXPLAINED:
             return best, one
     return None

@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bridge.display import html as display
-from bridge.display.progress import OnProgress, Phase, unseen
+from bridge.display.progress import OnProgress, Phase, ignore_progress
 from bridge.models.bridges import CoupledModels
 from bridge.models.residual import Enter
 from bridge.models.sparse import Location
@@ -90,13 +90,13 @@ def evaluate(coupling: CoupledModels, tokens_bt: Tensor, *, on_progress: OnProgr
     """Evaluate a coupling on held-out tokens_bt. Raises ValueError if there is no row."""
     if not len(tokens_bt):
         raise ValueError("there is no held-out text to evaluate on; give more text")
-    progress = on_progress or unseen
+    progress = on_progress or ignore_progress
     parts = tokens_bt.to(coupling.dense.device).split(ROWS)
-    means = _means(coupling, parts, progress)
+    means = _mean_residuals(coupling, parts, progress)
     alive = {at: torch.zeros(n, dtype=torch.bool) for at, n in coupling.sparse.locations().items() if at.kind == "mlp_act"}
     sums: Sums = defaultdict(float)
     for number, part_bt in enumerate(parts):
-        _measure(coupling, part_bt, means, sums, alive)
+        _add_sums(coupling, part_bt, means, sums, alive)
         progress(Phase("evaluation", 0.2 + 0.8 * (number + 1) / len(parts), 1))
     return _evaluation(coupling, sums, alive, tokens_bt.shape)
 
@@ -106,7 +106,7 @@ Means = Mapping[tuple[str, str, int], Tensor]  # mean residuals, by model (dense
 Sums = defaultdict[tuple[str, int | None], float]  # sums over the text, by name and site (None: of the whole model)
 
 
-def _means(coupling: CoupledModels, parts: Sequence[Tensor], progress: OnProgress) -> Means:
+def _mean_residuals(coupling: CoupledModels, parts: Sequence[Tensor], progress: OnProgress) -> Means:
     rows = sum(map(len, parts))
     means: dict[tuple[str, str, int], Tensor] = {}
     for number, part_bt in enumerate(parts):
@@ -119,7 +119,7 @@ def _means(coupling: CoupledModels, parts: Sequence[Tensor], progress: OnProgres
     return means
 
 
-def _measure(coupling: CoupledModels, part_bt: Tensor, means: Means, sums: Sums, alive: dict[Location, Tensor]) -> None:
+def _add_sums(coupling: CoupledModels, part_bt: Tensor, means: Means, sums: Sums, alive: dict[Location, Tensor]) -> None:
     """Add the sums over some rows of text, and mark which neurons were active."""
     dense, bridges = coupling.dense, coupling.bridges
 

@@ -27,7 +27,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bridge.models.bridges import CoupledModels, folder_of
+from bridge.models.bridges import CoupledModels, local_folder
 from bridge.models.circuit import kl
 from bridge.models.dense import DenseModel
 from bridge.models.span import DenseSpan
@@ -35,16 +35,20 @@ from bridge.models.sparse_weights import Fractions
 from bridge.models.store import read_json
 from bridge.recipe import AttentionShape, BlockShape, RecipeError, SparseShape
 from bridge.training.anatomy import Anatomy, dissect
-from bridge.training.copy_dense import Frame, copy_bridges, copy_embedding, copy_sublayer, copy_unembedding, turn_of
+from bridge.training.copy_dense import Frame, copy_bridges, copy_embedding, copy_sublayer, copy_unembedding, find_rotation
 from bridge.training.dense_sublayers import Attention
 
 ROWS, TOKENS = 4, 64  # size of the text on which copies are verified
-GENTLE, FASTEST, TRIED = 0.007, 1e-3, 6  # see `gentle_rate`; .007 is the KL of the shipped model, whose best rate was 1e-3
+GENTLE_KL, MAX_RATE, BLOCKS_TO_TRY = (
+    0.007,
+    1e-3,
+    6,
+)  # see `gentle_rate`; .007 is the KL of the shipped model, whose best rate was 1e-3
 EMBEDDING_RMS = 0.5  # RMS of the channels in use, as in a random start
 
 
 @dataclass(frozen=True)
-class Started:
+class Initialization:
     """The parts copied from the dense model, and per sublayer the fraction of its write that the copy explains with AbsTopK
     (None: random). If `coupling` is given, everything comes from that coupling, and the anneal starts at its L0.
     """
@@ -68,7 +72,7 @@ class Started:
         return (", ".join(parts) + " from the dense model" if parts else "nothing from the dense model") + random
 
 
-def shape_for(dense: DenseModel, shape: SparseShape, context: int) -> SparseShape:
+def shape_from_dense(dense: DenseModel, shape: SparseShape, context: int) -> SparseShape:
     """Fill in what a recipe's shape leaves open by measuring the dense model. Raises RecipeError if width and heads conflict."""
     anatomy = dissect(dense, context)
     attention = next(iter(anatomy.attention.values()), None)
@@ -79,7 +83,9 @@ def shape_for(dense: DenseModel, shape: SparseShape, context: int) -> SparseShap
     if width % channels and not same_heads:
         raise RecipeError(f"sparse.width {width}", f"is not a multiple of sparse.head_channels {channels}", "change one of them")
     times = max(1.0, width / dense.width)
-    eps = anatomy.eps * dense.width / (width * _scale(anatomy) ** 2)  # with this eps the sparse norms equal the dense ones
+    eps = (
+        anatomy.eps * dense.width / (width * _residual_scale(anatomy) ** 2)
+    )  # with this eps the sparse norms equal the dense ones
     form: dict[str, Any] = {"eps": eps, "logit_cap": anatomy.logit_cap}
     positions = shape.positions
     if positions == "auto":
@@ -122,7 +128,7 @@ def _heads(anatomy: Anatomy, one: Attention, times: float, positions: str) -> di
     }  # fmt: skip
 
 
-def _scale(anatomy: Anatomy) -> float:
+def _residual_scale(anatomy: Anatomy) -> float:
     """Return S, the divisor of the dense residual that gives the embedding the same RMS as in a random start."""
     if anatomy.embedding_vd is None:
         return 1.0
@@ -131,35 +137,37 @@ def _scale(anatomy: Anatomy) -> float:
 
 
 @torch.no_grad()
-def start_from_dense(coupling: CoupledModels, tokens_bt: Tensor) -> Started:
+def start_from_dense(coupling: CoupledModels, tokens_bt: Tensor) -> Initialization:
     """Copy the dense model's parts to a new coupling, in place, sublayers if verified on tokens_bt; calibrate the bridges."""
     dense, sparse = coupling.dense, coupling.sparse
     residuals = [h_btd.float() for h_btd in dense.residuals(tokens_bt, dense.n_sites - 1)]
     coupling.bridges.calibrate(residuals)
     if sparse.width < dense.width:
-        return Started(False, False, False, (None,) * len(dense.sublayers))
+        return Initialization(False, False, False, (None,) * len(dense.sublayers))
     anatomy = dissect(dense, coupling.context)
-    frame = Frame(torch.eye(dense.width, device=dense.device), sparse.width, anatomy.centred, _scale(anatomy), sparse.form.eps)
+    frame = Frame(
+        torch.eye(dense.width, device=dense.device), sparse.width, anatomy.centred, _residual_scale(anatomy), sparse.form.eps
+    )
     span = isinstance(dense, DenseSpan)
     if not sparse.form.writes_normed and not span:  # a rotation would mix channels that have a gain each
-        frame = replace(frame, turn_dd=turn_of(anatomy, frame))
+        frame = replace(frame, turn_dd=find_rotation(anatomy, frame))
     copy_bridges(coupling, frame)
     sample = [h_btd[:ROWS, :TOKENS] for h_btd in residuals]
     sublayers = tuple(copy_sublayer(coupling, site, frame, anatomy, sample) for site in range(len(dense.sublayers)))
     ends = (False, False) if span else (copy_embedding(sparse, frame, anatomy), copy_unembedding(sparse, frame, anatomy))
-    return Started(*ends, True, sublayers)
+    return Initialization(*ends, True, sublayers)
 
 
-def shape_of_coupling(path: str, shape: SparseShape) -> SparseShape:
+def shape_from_coupling(path: str, shape: SparseShape) -> SparseShape:
     """Fill in what a recipe's shape leaves open from the coupling that it starts from. Raises CheckpointError."""
-    facts = read_json(folder_of(path) / "coupling.json")
+    facts = read_json(local_folder(path) / "coupling.json")
     theirs = SparseShape.model_validate((facts.get("recipe") or {}).get("sparse") or {})
     unsaid = {name: value for name, value in theirs.model_dump().items() if getattr(shape, name) in (None, "auto")}
     return shape.model_copy(update={**unsaid, "block": theirs.block or BlockShape()})
 
 
 @torch.no_grad()
-def start_from_coupling(coupling: CoupledModels, path: str, *, adapts: bool = False) -> Started:
+def start_from_coupling(coupling: CoupledModels, path: str, *, adapts: bool = False) -> Initialization:
     """Load the weights of a coupling to the same dense model (if adapts, to the model it was fine-tuned from), in place.
 
     Raises CheckpointError if there is none, RecipeError if it has another shape or was trained on text that is held out now.
@@ -182,7 +190,7 @@ def start_from_coupling(coupling: CoupledModels, path: str, *, adapts: bool = Fa
         raise RecipeError(f"sparse.start {path!r}", rule, "use the values of that coupling, or give sparse.start 'auto'")
     coupling.sparse.load_state_dict(other.sparse.state_dict())
     coupling.bridges.load_state_dict(other.bridges.state_dict())
-    return Started(True, True, True, (1.0,) * (coupling.n_sites - 1), path, other.sparse.achieved_fractions())
+    return Initialization(True, True, True, (1.0,) * (coupling.n_sites - 1), path, other.sparse.achieved_fractions())
 
 
 @torch.no_grad()
@@ -190,21 +198,21 @@ def gentle_rate(coupling: CoupledModels, tokens_bt: Tensor) -> float:
     """Return a learning rate chosen by how much the answers change when every weight changes by the rate.
 
     A step changes every weight by about the rate. With random signs, the KL grows with the rate's square, and blocks' KLs roughly
-    add, so some blocks are changed by `FASTEST`, one at a time. If the total KL is at most `GENTLE` nats, the rate is `FASTEST`;
-    otherwise the geometric mean of `FASTEST` and the rate that gives `GENTLE`: lower rates repair slowly what L0 breaks.
+    add, so some blocks are changed by `MAX_RATE`, one at a time. If their total KL is at most `GENTLE_KL` nats, that is the rate;
+    otherwise the geometric mean of `MAX_RATE` and the rate that gives `GENTLE_KL`: lower rates repair slowly what L0 breaks.
     """
     sparse, tokens_bt = coupling.sparse, tokens_bt[:2, :TOKENS]
     before_btv = sparse.run(tokens_bt).logits_btv
     generator, n_blocks = torch.Generator().manual_seed(0), len(sparse.blocks)
-    some = sorted({index * n_blocks // TRIED for index in range(TRIED)})
+    some = sorted({index * n_blocks // BLOCKS_TO_TRY for index in range(BLOCKS_TO_TRY)})
     total = 0.0
     for index in some:
         weights = [weight for weight in sparse.blocks[index].parameters() if weight.dim() == 2]
         kept = [weight.clone() for weight in weights]
         for weight in weights:
             sign = torch.randint(0, 2, weight.shape, generator=generator, dtype=torch.int8).mul_(2).sub_(1)
-            weight.add_(sign.to(weight), alpha=FASTEST)
+            weight.add_(sign.to(weight), alpha=MAX_RATE)
         total += float(kl(before_btv, sparse.run(tokens_bt).logits_btv).mean()) * n_blocks / len(some)
         for weight, was in zip(weights, kept, strict=True):
             weight.copy_(was)
-    return FASTEST * min(1.0, (GENTLE / max(total, 1e-12)) ** 0.25)
+    return MAX_RATE * min(1.0, (GENTLE_KL / max(total, 1e-12)) ** 0.25)

@@ -36,10 +36,10 @@ import torch.nn.functional as F
 from accelerate import Accelerator
 from torch import Tensor
 
-from bridge.display.progress import OnProgress, unseen
+from bridge.display.progress import OnProgress, ignore_progress
 from bridge.errors import OneLineError, RunError
 from bridge.kernels.cpu import reuse_memory
-from bridge.kernels.products import worth_it
+from bridge.kernels.products import is_faster_than_dense
 from bridge.models.bridges import CoupledModels
 from bridge.models.sparse_weights import Fractions, annealed_l0
 from bridge.models.store import CheckpointError, write_text
@@ -50,11 +50,11 @@ from bridge.training.objective import Objective, Splice, draw_splice
 from bridge.training.optimizer import SharkfinAdamW
 from bridge.training.prepare import Run, first_rows, prepare
 from bridge.training.refit import refit_decoders
-from bridge.training.state import CAUTION, DIVERGED, TrainingState, restore, save
+from bridge.training.state import DIVERGED_CE_RATIO, MIN_CAUTION, TrainingState, restore, save
 
 REPORT_SECONDS, SAVE_SECONDS = 5.0, 120.0
 REFERENCE_ROWS = 256  # held-out rows saved with the coupling as the reference text for means
-WORST = 2  # a final model with more than this many times a uniform guess's cross-entropy, on one row of text, is refused
+MAX_CE_RATIO = 2  # a final model with more than this many times a uniform guess's cross-entropy, on one row of text, is refused
 
 
 class FitError(RunError):
@@ -163,7 +163,7 @@ def train(run: Run, *, stretch_minutes: float | None = None) -> Generator[Progre
             coupling.bridges.calibrate(coupling.dense.residuals(tokens_bt, coupling.n_sites - 1))
     began, first_step, spent_before = time.monotonic(), state.step, state.seconds
     last_report = last_save = state.seconds
-    kept = sparse.fractions(recipe.sparsity)
+    target_l0 = sparse.fractions(recipe.sparsity)
     terms = recipe.losses.model_dump(exclude={"temperature", "splice"})
     if recipe.losses.splice == "literal":
         del terms["hybrid_both"]  # the paper's objective has no such term
@@ -173,22 +173,24 @@ def train(run: Run, *, stretch_minutes: float | None = None) -> Generator[Progre
 
     def annealed(done: float) -> Fractions:
         anneal, start = recipe.sparsity.anneal, state.start_l0
-        return Fractions(annealed_l0(kept.blocks, done, anneal, start.blocks), annealed_l0(kept.embed, done, anneal, start.embed))
+        return Fractions(
+            annealed_l0(target_l0.blocks, done, anneal, start.blocks), annealed_l0(target_l0.embed, done, anneal, start.embed)
+        )
 
     def fraction() -> float:
         by_steps = state.step / steps if steps else 0.0
         by_clock = state.seconds / (60 * budget.minutes) if budget.minutes else 0.0
         return min(1.0, max(by_steps, by_clock))
 
-    with _asked_to_stop() as stop, _log(out, accelerator, state.step) as log:
+    with _record_signals() as stop, _log(out, accelerator, state.step) as log:
         while (done := fraction()) < 1:
             if state.native is None and done >= recipe.sparsity.anneal and not frozen:
-                state.native = _choose(run, kept, per_step)
+                state.native = _choose_native(run, target_l0, per_step)
                 for name in state.native:
-                    optimizer.exchange(name, coupling)
+                    optimizer.pack_matrix(name, coupling)
             updates_mask = bool(state.native) and state.step % recipe.sparsity.look_every == 0
             if updates_mask:
-                native.look(sparse)
+                native.collect_gradients(sparse)
             tokens_bt, splice = blocks.batch(state.step, rows, recipe.seed), None
             if recipe.losses.splice == "sampled" and recipe.losses.coupled:
                 generator = torch.Generator().manual_seed(recipe.seed * 1_000_003 + state.step)
@@ -207,37 +209,37 @@ def train(run: Run, *, stretch_minutes: float | None = None) -> Generator[Progre
             stretch_over = stretch_minutes is not None and time.monotonic() - began > 60 * stretch_minutes
             # every process must see the same clock and the same request to stop
             shared = torch.tensor([state.seconds, bool(stop) or stretch_over, ce], dtype=sums.dtype, device=sums.device)
-            state.seconds, asked, ce = _over_processes(accelerator, shared)
-            state.watch(ce, sparse.vocabulary)
+            state.seconds, must_stop, ce = _mean_over_processes(accelerator, shared)
+            state.lower_rates(ce, sparse.vocabulary)
             if not frozen:
                 target = annealed(fraction())  # the last step ends on the target
-                with shards.whole_weights(sparse):
+                with shards.gathered_weights(sparse):
                     sparse.project(target, biases=recipe.sparsity.biases, min_per_neuron=recipe.sparsity.min_per_neuron)
             sums += torch.stack([losses.get(name, zero) for name in names])  # a process with few rows may lack a term
             summed += 1
-            if state.seconds - last_report >= REPORT_SECONDS or fraction() >= 1 or asked:
-                means = dict(zip(names, _over_processes(accelerator, sums / summed)))
+            if state.seconds - last_report >= REPORT_SECONDS or fraction() >= 1 or must_stop:
+                means = dict(zip(names, _mean_over_processes(accelerator, sums / summed)))
                 speed = (state.step - first_step) * per_step / max(1e-9, state.seconds - spent_before)
                 left = (1 - fraction()) * state.seconds / max(1e-9, fraction())
-                with shards.whole_weights(sparse):
+                with shards.gathered_weights(sparse):
                     l0 = sparse.achieved_l0()
                 progress = Progress(state.step, steps, state.step * per_step, fraction(), means, l0, speed, left)
                 log(progress)
                 sums, summed, last_report = torch.zeros_like(sums), 0, state.seconds
                 yield progress
-                if state.caution <= CAUTION:  # lower rates have been tried
+                if state.caution <= MIN_CAUTION:  # lower rates have been tried
                     _check_divergence(coupling, progress, recipe.optimizer.warmup, out)
-            if asked or state.seconds - last_save >= SAVE_SECONDS:
+            if must_stop or state.seconds - last_save >= SAVE_SECONDS:
                 if out is not None:
                     save(out if accelerator.is_main_process else None, coupling, optimizer, blocks, state)
                 last_save = state.seconds
-            if asked and fraction() < 1:
+            if must_stop and fraction() < 1:
                 remedy = f"continue with ‹resume› ‹out› {out}" if out else ""
                 raise FitStopped(f"stopped at step {state.step}, {state.step * per_step:,} tokens", remedy, planned=not stop)
-        shards.gather(objective)
+        shards.gather_parameters(objective)
 
 
-def finish(run: Run, progress: OnProgress = unseen) -> CoupledModels:
+def finish(run: Run, progress: OnProgress = ignore_progress) -> CoupledModels:
     """Refit the decoders, freeze the coupling, add its reference text, save it in place of the training state and return it."""
     coupling, out = run.coupling, run.out
     native.unpack(coupling.sparse)
@@ -250,7 +252,7 @@ def finish(run: Run, progress: OnProgress = unseen) -> CoupledModels:
         refit_decoders(coupling, tokens_bt, reference_bt, refit.slopes, progress)
     coupling.sparse.use_products()
     coupling = replace(coupling, reference_bt=reference_bt, path=None if out is None else str(out))
-    _check_sound(coupling, out)
+    _check_final_model(coupling, out)
     if out is not None and run.accelerator.is_main_process:
         coupling.save_pretrained(out)
         for file in (out / "training.json", *out.glob("training-*.safetensors"), out / ".training.json.writing"):
@@ -299,7 +301,7 @@ def _step_of(line: str) -> float:
 
 
 @contextmanager
-def _asked_to_stop() -> Iterator[list[int]]:
+def _record_signals() -> Iterator[list[int]]:
     """Context manager in which a first SIGTERM or SIGINT is recorded; a second signal of the same kind ends the process."""
     seen, earlier = list[int](), dict[int, Any]()
 
@@ -325,27 +327,27 @@ def _accumulate(
     The gradient is exchanged between processes once, with the last piece; if parameters are in shards, with every piece.
     """
     parts, means = accelerator.num_processes * len(pieces), dict[str, Tensor]()
-    each = shards.in_shards(objective)  # memory has no room for gradients of whole matrices
+    syncs_each_piece = shards.in_shards(objective)  # memory has no room for gradients of whole matrices
     counts = None if splice is None else [count / parts for count in splice.counts()]
     for piece in pieces:
-        mine = None if splice is None else splice.rows(piece.start, piece.stop)
-        with nullcontext() if each or piece is pieces[-1] else accelerator.no_sync(objective):
+        piece_splice = None if splice is None else splice.rows(piece.start, piece.stop)
+        with nullcontext() if syncs_each_piece or piece is pieces[-1] else accelerator.no_sync(objective):
             with accelerator.autocast():
-                losses = objective(tokens_bt[piece].to(accelerator.device), mine, counts)
+                losses = objective(tokens_bt[piece].to(accelerator.device), piece_splice, counts)
             accelerator.backward(losses["total"] / len(pieces))
         for name, loss in losses.items():
             means[name] = means.get(name, 0) + loss.detach() / len(pieces)
     return means
 
 
-def _over_processes(accelerator: Accelerator, values: Tensor) -> list[float]:
+def _mean_over_processes(accelerator: Accelerator, values: Tensor) -> list[float]:
     """Return the mean of each value over the processes."""
     means = accelerator.reduce(values, "mean")
     assert isinstance(means, Tensor)
     return means.tolist()
 
 
-def _choose(run: Run, kept: Fractions, tokens: int) -> list[str]:
+def _choose_native(run: Run, kept: Fractions, tokens: int) -> list[str]:
     """Return the matrices to train by their nonzeros from now on; none with several processes, which average dense gradients."""
     recipe, accelerator, sparse = run.coupling.recipe, run.accelerator, run.coupling.sparse
     if recipe.sparsity.native == "never" or accelerator.num_processes > 1:
@@ -354,27 +356,27 @@ def _choose(run: Run, kept: Fractions, tokens: int) -> list[str]:
     trained = {name: weight for name, weight in sparse.packable().items() if weight.requires_grad}
     if recipe.sparsity.native == "always":
         return list(trained)
-    return [name for name, weight in trained.items() if worth_it(*weight.shape, kept.at(name), tokens, dtype)]
+    return [name for name, weight in trained.items() if is_faster_than_dense(*weight.shape, kept.at(name), tokens, dtype)]
 
 
 def _check_divergence(coupling: CoupledModels, progress: Progress, warmup: float, out: Path | None) -> None:
     uniform = math.log(coupling.sparse.vocabulary)
     ce = progress.losses.get("ce", 0.0)
-    if progress.fraction > max(0.02, warmup) and ce > DIVERGED * uniform:
+    if progress.fraction > max(0.02, warmup) and ce > DIVERGED_CE_RATIO * uniform:
         what = f"the sparse model's cross-entropy is {ce:.2f} nats, worse than guessing ({uniform:.2f})"
         raise _failed(what, f"step {progress.step}", out)
 
 
 @torch.no_grad()
-def _check_sound(coupling: CoupledModels, out: Path | None) -> None:
-    """Raise FitError if the final model's cross-entropy is above `WORST` times guessing's, or if its outputs are not finite."""
+def _check_final_model(coupling: CoupledModels, out: Path | None) -> None:
+    """Raise FitError if the final model's cross-entropy is above `MAX_CE_RATIO` times guessing's, or its outputs are not finite."""
     assert coupling.reference_bt is not None
     row_1t, uniform = coupling.reference_bt[:1].to(coupling.dense.device), math.log(coupling.sparse.vocabulary)
     trace, truth = coupling.sparse.run(row_1t), coupling.dense.run(row_1t)
     ce = float(F.cross_entropy(trace.logits_btv[0, :-1].float(), row_1t[0, 1:])) if row_1t.shape[1] > 1 else 0.0
     crossed = [coupling.bridges[site].decode(x_bts) for site, x_bts in enumerate(trace.residuals)]
     crossed += [coupling.bridges[site].encode(h_btd) for site, h_btd in enumerate(truth.residuals)]
-    if not all(bool(x.isfinite().all()) for x in (trace.logits_btv, *crossed)) or not ce <= WORST * uniform:
+    if not all(bool(x.isfinite().all()) for x in (trace.logits_btv, *crossed)) or not ce <= MAX_CE_RATIO * uniform:
         what = f"the cross-entropy on held-out text is {ce:.2f} nats (guessing: {uniform:.2f}), or the outputs are not finite"
         raise _failed(what, "the end", out)
 

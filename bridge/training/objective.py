@@ -43,7 +43,7 @@ from bridge.models.residual import EMBEDDING, Enter, Trace
 from bridge.models.sparse import SparseTransformer
 from bridge.recipe import Losses
 
-OUTLYING = 32.0  # NMSE of a token above which it grows only logarithmically
+NMSE_LINEAR_LIMIT = 32.0  # NMSE of a token above which it grows only logarithmically
 PIECE = 1 << 22  # number of logits converted to float32 at a time on a CPU
 GPU_PIECE = 1 << 26  # the same on other devices, where few large calls are faster
 STAYS = -1  # leaving "site" of a row that stays in the sparse model to its end
@@ -72,15 +72,15 @@ class Splice:
 
 
 def draw_splice(rows: int, n_sites: int, losses: Losses, generator: torch.Generator) -> Splice:
-    """Draw a splice for a batch: the half of the rows that begin at the embedding, and sites as `_spread` draws them."""
+    """Draw a splice for a batch: the half of the rows that begin at the embedding, and sites as `_draw_sites` draws them."""
     entering = rows // 2 if losses.hybrid_in or losses.hybrid_both else 0
     enter = torch.full((rows,), EMBEDDING)
     leave = torch.full((rows,), STAYS)
     row_b = torch.randperm(rows, generator=generator)
     from_tokens_b, entering_b = row_b[entering:], row_b[:entering]
-    enter[entering_b] = _spread(entering, n_sites, generator)
+    enter[entering_b] = _draw_sites(entering, n_sites, generator)
     if losses.hybrid_out or losses.carried:
-        leave[from_tokens_b] = _spread(len(from_tokens_b), n_sites, generator)
+        leave[from_tokens_b] = _draw_sites(len(from_tokens_b), n_sites, generator)
     if losses.hybrid_both:
         for row in entering_b.tolist():
             later = n_sites - 1 - int(enter[row])
@@ -134,19 +134,19 @@ class Objective(nn.Module):
     def _sampled(self, tokens_bt: Tensor, splice: Splice, counts: Sequence[float]) -> dict[str, Tensor]:
         losses, sites = self.losses, range(self.dense.n_sites)
         n_plain, n_out, n_in, n_both = (max(count, 1e-9) for count in counts)  # a term without rows is 0, not 0 / 0
-        # Rows in the order in which they enter: those from tokens are the first `plain`, those entering at a site are a slice.
+        # rows in the order in which they enter: the first `n_from_tokens` start from tokens, those entering at a site are a slice
         order = sorted(range(len(splice.enter)), key=lambda row: splice.enter[row])
         enter, leave = [splice.enter[row] for row in order], [splice.leave[row] for row in order]
-        plain = enter.count(EMBEDDING)
+        n_from_tokens = enter.count(EMBEDDING)
         tokens_bt = tokens_bt[torch.tensor(order, device=tokens_bt.device)]
 
         dense, target, warm = self._targets(tokens_bt)
 
         # Encode the residuals of the rows that enter, and those that NMSE compares.
-        with_nmse = plain if losses.nmse_encoder else 0
+        with_nmse = n_from_tokens if losses.nmse_encoder else 0
         encoded: list[Tensor] = []
         entering: list[Tensor] = []
-        stop = plain
+        stop = n_from_tokens
         for site in sites:
             start, stop = stop, stop + enter.count(site)
             if with_nmse or stop > start:
@@ -155,18 +155,24 @@ class Objective(nn.Module):
                 entering.append(x_bts[with_nmse:])
                 if with_nmse:
                     encoded.append(x_bts[:with_nmse])
-        x_bts = torch.cat([torch.zeros_like(dense.residuals[0][:plain, :, :1]).expand(-1, -1, self.sparse.width), *entering])
+        x_bts = torch.cat(
+            [torch.zeros_like(dense.residuals[0][:n_from_tokens, :, :1]).expand(-1, -1, self.sparse.width), *entering]
+        )
 
         sparse = self.sparse.run(tokens_bt, Enter(torch.tensor(enter), x_bts))
         kl_b, ce_b = target.losses(sparse.logits_btv, tokens_bt)
-        entered_b = kl_b[plain:]
+        entered_b = kl_b[n_from_tokens:]
         if warm is not target:
-            place_b = torch.arange(plain, len(tokens_bt), device=tokens_bt.device)
-            entered_b = warm.divergence(sparse.logits_btv[plain:], place_b)
-        terms = {"ce": ce_b[:plain].sum() / n_plain, "kl": kl_b[:plain].sum() / n_plain, "hybrid_in": entered_b.sum() / n_in}
+            place_b = torch.arange(n_from_tokens, len(tokens_bt), device=tokens_bt.device)
+            entered_b = warm.divergence(sparse.logits_btv[n_from_tokens:], place_b)
+        terms = {
+            "ce": ce_b[:n_from_tokens].sum() / n_plain,
+            "kl": kl_b[:n_from_tokens].sum() / n_plain,
+            "hybrid_in": entered_b.sum() / n_in,
+        }
 
         # Decode the rows that leave, those that NMSE compares, and changes to add to other rows from the embedding.
-        with_nmse = plain if losses.nmse_decoder else 0
+        with_nmse = n_from_tokens if losses.nmse_decoder else 0
         nmse_encoder, nmse_decoder = [], []
         leaving_rows: list[int] = []
         leaving: list[Tensor] = []
@@ -175,7 +181,7 @@ class Objective(nn.Module):
         for site in sites:
             x_bts = sparse.residuals[site]
             if encoded:  # empty if every row of this process enters at a site
-                nmse_encoder.append(_nmse(encoded[site], x_bts[:plain].detach()).sum())
+                nmse_encoder.append(_nmse(encoded[site], x_bts[:n_from_tokens].detach()).sum())
             rows = [row for row, other in enumerate(leave) if other == site]
             decoded = [*range(with_nmse), *(row for row in rows if row >= with_nmse)]
             if decoded:
@@ -183,9 +189,9 @@ class Objective(nn.Module):
                 leaving_rows += rows
                 leaving.append(h_btd[[decoded.index(row) for row in rows]])
                 if with_nmse:
-                    nmse_decoder.append(_nmse(h_btd[:with_nmse], dense.residuals[site][:plain]).sum())
-            if losses.carried and (here := [row for row in rows if row < plain]):
-                other_b = torch.tensor([(row + 1) % plain for row in here], device=x_bts.device)
+                    nmse_decoder.append(_nmse(h_btd[:with_nmse], dense.residuals[site][:n_from_tokens]).sum())
+            if losses.carried and (here := [row for row in rows if row < n_from_tokens]):
+                other_b = torch.tensor([(row + 1) % n_from_tokens for row in here], device=x_bts.device)
                 change_bts = x_bts[here] - x_bts[other_b]
                 transported_rows += here
                 transported.append(dense.residuals[site][other_b] + self.bridges[site].decode_change(change_bts))
@@ -200,7 +206,7 @@ class Objective(nn.Module):
             site_b = torch.tensor([leave[row] for row in rows])
             hybrid = self.dense.run(tokens_bt[row_b], Enter(site_b, torch.cat([*leaving, *transported])))
             kl_b, transported_b = warm.divergence(hybrid.logits_btv, row_b).split([len(leaving_rows), len(transported_rows)])
-            from_tokens_b = row_b[: len(leaving_rows)] < plain
+            from_tokens_b = row_b[: len(leaving_rows)] < n_from_tokens
             terms["hybrid_out"] = (kl_b * from_tokens_b).sum() / n_out
             terms["hybrid_both"] = (kl_b * ~from_tokens_b).sum() / n_both
             if losses.carried:
@@ -253,16 +259,16 @@ class _Target:
         """Return KL(y_d, softmax of logits) per row, mean over its tokens, in nats, times the squared temperature."""
         temperature = self.temperature
         logits_btv = logits_btv if temperature == 1 else logits_btv / temperature
-        kl_bt, _ = _Losses.apply(logits_btv, self, row_b, None)  # pyright: ignore[reportGeneralTypeIssues]
+        kl_bt, _ = _TokenLosses.apply(logits_btv, self, row_b, None)  # pyright: ignore[reportGeneralTypeIssues]
         return kl_bt.mean(-1) * temperature**2
 
     def losses(self, logits_btv: Tensor, tokens_bt: Tensor) -> tuple[Tensor, Tensor]:
         """Return KL and next-token cross-entropy of each row, means over its tokens; for temperature 1 only."""
-        kl_bt, ce_bt = _Losses.apply(logits_btv, self, None, tokens_bt)  # pyright: ignore[reportGeneralTypeIssues]
+        kl_bt, ce_bt = _TokenLosses.apply(logits_btv, self, None, tokens_bt)  # pyright: ignore[reportGeneralTypeIssues]
         return kl_bt.mean(-1), ce_bt[:, :-1].mean(-1)
 
 
-class _Losses(torch.autograd.Function):
+class _TokenLosses(torch.autograd.Function):
     """KL to a target and cross-entropy of every token, in float32 pieces, so that backward keeps no other tensor of logits' size.
 
     KL = sum_v p (log p - log q), CE = - log q_next; d KL / d logits = q - p, d CE / d logits = q - onehot(next).
@@ -276,7 +282,7 @@ class _Losses(torch.autograd.Function):
         log_sum_bt, ce_bt = torch.empty_like(kl_bt), torch.zeros_like(kl_bt)
         next_bt = None if tokens_bt is None else tokens_bt.roll(-1, 1)  # the last token has no next one: its CE is left out later
         for at in _pieces(logits_btv):
-            log_q_btv, log_p_btv, p_btv = _logs(logits_btv, target, row_b, at)
+            log_q_btv, log_p_btv, p_btv = _piece_log_probs(logits_btv, target, row_b, at)
             log_sum_bt[at] = log_q_btv.logsumexp(-1)
             log_q_btv -= log_sum_bt[at][..., None]
             kl_bt[at] = (p_btv * (log_p_btv - log_q_btv)).sum(-1)
@@ -291,7 +297,7 @@ class _Losses(torch.autograd.Function):
         logits_btv, row_b, log_sum_bt, next_bt = ctx.saved_tensors
         dlogits_btv = torch.empty_like(logits_btv)
         for at in _pieces(logits_btv):
-            q_btv, _, p_btv = _logs(logits_btv, ctx.target, row_b, at)
+            q_btv, _, p_btv = _piece_log_probs(logits_btv, ctx.target, row_b, at)
             q_btv.sub_(log_sum_bt[at][..., None]).exp_()
             dkl_bt1, dce_bt1 = dkl_bt[at][..., None], dce_bt[at][..., None]
             d_btv = q_btv.mul_(dkl_bt1 + dce_bt1 if next_bt is not None else dkl_bt1).sub_(p_btv.mul_(dkl_bt1))
@@ -301,7 +307,9 @@ class _Losses(torch.autograd.Function):
         return dlogits_btv, None, None, None
 
 
-def _logs(logits_btv: Tensor, target: _Target, row_b: Tensor | None, at: tuple[slice, slice]) -> tuple[Tensor, Tensor, Tensor]:
+def _piece_log_probs(
+    logits_btv: Tensor, target: _Target, row_b: Tensor | None, at: tuple[slice, slice]
+) -> tuple[Tensor, Tensor, Tensor]:
     """Return the logits of one piece as a float32 copy, and log p and p of the target, whose rows are row_b if given."""
     of = at if row_b is None else (row_b[at[0]], at[1])
     log_p_btv = target.logits_btv[of].float() - target.log_sum_bt[of][..., None]
@@ -329,10 +337,12 @@ def _nmse(predicted_btx: Tensor, target_btx: Tensor) -> Tensor:
     error_bt = (predicted_btx - target_btx).square().sum(-1)
     ratio_bt = error_bt / deviation_bt.maximum(floor_b1)
     # otherwise one token with a residual a hundred times the others' (an attention sink) would dominate the mean
-    return torch.where(ratio_bt < OUTLYING, ratio_bt, OUTLYING * (1 + (ratio_bt / OUTLYING).clamp_min(1).log())).mean(-1)
+    return torch.where(
+        ratio_bt < NMSE_LINEAR_LIMIT, ratio_bt, NMSE_LINEAR_LIMIT * (1 + (ratio_bt / NMSE_LINEAR_LIMIT).clamp_min(1).log())
+    ).mean(-1)
 
 
-def _spread(rows: int, n_sites: int, generator: torch.Generator) -> Tensor:
+def _draw_sites(rows: int, n_sites: int, generator: torch.Generator) -> Tensor:
     """Draw a site for each row: uniform for each row; over all rows the counts of sites differ by at most one."""
     if not rows:
         return torch.zeros(0, dtype=torch.long)

@@ -15,9 +15,9 @@ from torch import Tensor
 
 from bridge.kernels.products import Pattern
 from bridge.models.bridges import CoupledModels
-from bridge.models.sparse_weights import Fractions, embeds
+from bridge.models.sparse_weights import Fractions, is_outside_blocks
 from bridge.training import sparse_native as native
-from bridge.training.shards import alike, whole
+from bridge.training.shards import gather_tensor, shard_like
 
 
 class SharkfinAdamW:
@@ -29,10 +29,10 @@ class SharkfinAdamW:
         assert numbers.rate is not None
         weights = {name: p for name, p in coupling.sparse.sparse_weights().items() if p.requires_grad}
         sparse_weights = list(weights.values())
-        blocks, embed = ([p for name, p in weights.items() if embeds(name) == end] for end in (False, True))
+        blocks, embed = ([p for name, p in weights.items() if is_outside_blocks(name) == end] for end in (False, True))
         rest = [p for p in coupling.sparse.parameters() if p.requires_grad and all(p is not weight for weight in sparse_weights)]
         bridges = [p for p in coupling.bridges.parameters() if p.requires_grad]
-        self.normalised = [group for group in (sparse_weights + rest, bridges) if group]
+        self.normalised_groups = [group for group in (sparse_weights + rest, bridges) if group]
         maps, biases = ([p for p in bridges if p.dim() == dimensions] for dimensions in (2, 1))
         rate, decay = numbers.rate, numbers.weight_decay
         kinds = (
@@ -50,10 +50,10 @@ class SharkfinAdamW:
 
     def step(self, done: float, l0: float | Fractions, caution: float = 1.0) -> bool:
         """Normalise the gradient, update with rates times `caution`, clear the gradient; False and no update if not finite."""
-        for group in self.normalised:
+        for group in self.normalised_groups:
             gradients = [p.grad for p in group if p.grad is not None]
             count = sum(gradient.numel() for gradient in gradients)
-            norm = whole(torch.nn.utils.get_total_norm(gradients, foreach=True)) if gradients else torch.zeros(())
+            norm = gather_tensor(torch.nn.utils.get_total_norm(gradients, foreach=True)) if gradients else torch.zeros(())
             if not bool(torch.isfinite(norm)):
                 return False
             torch._foreach_mul_(gradients, float(math.sqrt(count) / norm.clamp_min(1e-12)))  # pyright: ignore[reportPrivateImportUsage]
@@ -66,26 +66,26 @@ class SharkfinAdamW:
         self.adam.zero_grad(set_to_none=True)
         return True
 
-    def exchange(self, name: str, coupling: CoupledModels, pattern: Pattern | None = None) -> None:
+    def pack_matrix(self, name: str, coupling: CoupledModels, pattern: Pattern | None = None) -> None:
         """Replace a matrix, and its moments, by the values of its nonzeros (or of `pattern`), here and in the model."""
         old = coupling.sparse.get_parameter(name)
         new = native.pack(coupling.sparse, name, pattern)
         index_p = coupling.sparse.compact[name].pattern.index_p
-        for group in (*self.normalised, *(group["params"] for group in self.adam.param_groups)):
+        for group in (*self.normalised_groups, *(group["params"] for group in self.adam.param_groups)):
             group[:] = [new if p is old else p for p in group]
         for key, value in self.adam.state.pop(old, {}).items():
             self.adam.state[new][key] = value.reshape(-1)[index_p].clone() if value.dim() else value
         del self.names[old]
-        self.names[new] = f"sparse.values.{native.key(name)}"
+        self.names[new] = f"sparse.values.{native.values_key(name)}"
 
     def tensors(self) -> dict[str, Tensor]:
         """Return both moments and the step count of every parameter, by name."""
         state = self.adam.state.items()
-        return {f"adam.{key}.{self.names[p]}": whole(value) for p, moments in state for key, value in moments.items()}
+        return {f"adam.{key}.{self.names[p]}": gather_tensor(value) for p, moments in state for key, value in moments.items()}
 
     def restore(self, tensors: dict[str, Tensor]) -> None:
         """Restore the state that `tensors` returned."""
         for p, name in self.names.items():
             keys = [key for key in ("step", "exp_avg", "exp_avg_sq") if f"adam.{key}.{name}" in tensors]
             if keys:
-                self.adam.state[p] = {key: alike(tensors[f"adam.{key}.{name}"].to(p.device), p) for key in keys}
+                self.adam.state[p] = {key: shard_like(tensors[f"adam.{key}.{name}"].to(p.device), p) for key in keys}

@@ -30,14 +30,21 @@ from bridge.models.dense import DenseModel, load_dense
 from bridge.models.span import REMEMBERED, DenseSpan, dense_of
 from bridge.models.sparse import SparseTransformer
 from bridge.models.sparse_weights import Fractions
-from bridge.models.store import CheckpointError, check_folder, check_new, read_json
+from bridge.models.store import CheckpointError, check_new_folder, check_writable_folder, read_json
 from bridge.recipe import BlockShape, Recipe, RecipeError, resolve
-from bridge.training.initialize import Started, gentle_rate, shape_for, shape_of_coupling, start_from_coupling, start_from_dense
+from bridge.training.initialize import (
+    Initialization,
+    gentle_rate,
+    shape_from_coupling,
+    shape_from_dense,
+    start_from_coupling,
+    start_from_dense,
+)
 from bridge.training.objective import Objective, draw_splice
 
 PROCESS_BYTES = 500_000_000  # of a process that has loaded torch, transformers and the kernels
 START_ROWS = 64  # maximum number of rows of the first batch used for initialisation
-ROOM = 0.7  # fraction of the memory that a fit may use if it chooses its number of rows
+MEMORY_SHARE = 0.7  # fraction of the memory that a fit may use if it chooses its number of rows
 
 
 @dataclass(frozen=True)
@@ -52,7 +59,7 @@ class Run:
     accelerator: Accelerator
     out: Path | None
     resume: bool
-    started: Started | None = None
+    started: Initialization | None = None
 
     @property
     def pieces(self) -> list[slice]:
@@ -86,7 +93,7 @@ def prepare(
     if out is not None and resume:
         check_resumable(out)
     elif out is not None:
-        check_new(out)
+        check_new_folder(out)
     resume = resume and out is not None and (out / "training.json").exists()  # a run killed before its first save starts again
     if out is not None and resume:
         saved = read_json(out / "training.json").get("recipe")
@@ -112,9 +119,9 @@ def prepare(
         dtype=getattr(torch, recipe.dense_dtype), device_map=device_map,
     )  # fmt: skip
     dense = dense_of(dense, recipe.sparse.blocks)
-    recipe, unsaid = resolve_for(dense, recipe), recipe.optimizer.rate is None
+    recipe, unsaid = complete_recipe(dense, recipe), recipe.optimizer.rate is None
     dense = dense_of(dense, recipe.sparse.blocks)  # if none were given, the blocks of the coupling it starts from
-    _check_shares(recipe, accelerator.num_processes)
+    _check_rows(recipe, accelerator.num_processes)
     if accelerator.device.type == "cpu" and (needed := memory_needed(dense, recipe)) > (there := _memory(dense)):
         rule = f"needs about {needed / 1e9:,.0f} GB and the machine has {there / 1e9:,.0f}"
         raise RecipeError("this fit", rule, "lower ‹width› or data.rows")
@@ -126,7 +133,7 @@ def prepare(
     if recipe.sparse.start not in ("auto", "random") and not resume:
         started = start_from_coupling(coupling, recipe.sparse.start, adapts=recipe.adapts)
         if not recipe.optimizer.rate:
-            _check_same(started.l0, kept)
+            _check_l0(started.l0, kept)
     blocks = _text(dense, recipe, progress if accelerator.is_main_process else None)
     if recipe.sparse.start == "auto" and recipe.losses.coupled and not resume:
         tokens_bt = first_rows(blocks, recipe).to(dense.device)
@@ -163,10 +170,10 @@ def check_resumable(out: Path) -> None:
         return
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise CheckpointError(f"‹out› {str(out)!r}", "contains no run to resume", "name the folder of a run, or a new folder")
-    check_folder(out)
+    check_writable_folder(out)
 
 
-def resolve_for(dense: DenseModel, recipe: Recipe) -> Recipe:
+def complete_recipe(dense: DenseModel, recipe: Recipe) -> Recipe:
     """Return the recipe with every value filled in that depends on the dense model or on the machine's memory.
 
     Raises RecipeError if the context is longer than the dense model's, CheckpointError if the starting coupling is unreadable.
@@ -178,9 +185,9 @@ def resolve_for(dense: DenseModel, recipe: Recipe) -> Recipe:
     elif data.context > limit:
         raise RecipeError(f"data.context {data.context}", f"is longer than the {limit} positions {dense.name} has", "lower it")
     if shape.block is None and shape.start not in ("auto", "random"):
-        shape = shape_of_coupling(shape.start, shape)
+        shape = shape_from_coupling(shape.start, shape)
     elif shape.block is None:
-        shape = shape_for(dense, shape, data.context or 1)
+        shape = shape_from_dense(dense, shape, data.context or 1)
         if not recipe.losses.coupled and shape.block is not None:  # eps must not depend on the dense weights
             shape = shape.model_copy(update={"block": shape.block.model_copy(update={"eps": BlockShape().eps})})
     if shape.blocks is not None:  # a span has no logits of its own to add a table to
@@ -194,7 +201,11 @@ def resolve_for(dense: DenseModel, recipe: Recipe) -> Recipe:
     recipe = recipe.model_copy(update=update)
     if data.rows is None:  # the most that fit into memory, so that a fit runs without further options
         sizes = (data.model_copy(update={"rows": rows}) for rows in (32, 16, 8, 4, 2))
-        fits = (each for each in sizes if memory_needed(dense, recipe.model_copy(update={"data": each})) <= ROOM * _memory(dense))
+        fits = (
+            each
+            for each in sizes
+            if memory_needed(dense, recipe.model_copy(update={"data": each})) <= MEMORY_SHARE * _memory(dense)
+        )
         data = next(fits, data.model_copy(update={"rows": 2}))
     return recipe.model_copy(update={"data": data})
 
@@ -217,7 +228,7 @@ def memory_needed(dense: DenseModel, recipe: Recipe) -> int:
     per_token = 4 * (14 * dense.vocabulary + dense.n_sites * (14 * recipe.sparse.width + 12 * dense.width))
     known = 0
     if isinstance(dense, DenseSpan):
-        behind = dense.whole.n_sites - dense.offset - dense.n_sites
+        behind = dense.whole.n_sites - dense.first_site - dense.n_sites
         per_token += 4 * behind * 24 * dense.width  # two passes run the dense model's sublayers after the span
         known = min(REMEMBERED, 8 * dense.width * (recipe.data.most_tokens or recipe.budget.tokens or REMEMBERED))
     return PROCESS_BYTES + trained * 16 + frozen + tokens * per_token + known
@@ -252,7 +263,7 @@ def seconds_a_step(run: Run) -> float:
     return seconds * len(pieces) + updating * sum(p.numel() for p in trained) / largest.numel()
 
 
-def _check_shares(recipe: Recipe, processes: int) -> None:
+def _check_rows(recipe: Recipe, processes: int) -> None:
     """Raise RecipeError if the rows of a step cannot be divided into whole pieces of equal length for every process."""
     rows, micro_rows = recipe.data.rows, recipe.data.micro_rows
     assert rows is not None
@@ -262,7 +273,7 @@ def _check_shares(recipe: Recipe, processes: int) -> None:
         raise RecipeError(f"data.rows {rows}", rule, f"give a multiple of {together}")
 
 
-def _check_same(there: Fractions, asked: Fractions) -> None:
+def _check_l0(there: Fractions, asked: Fractions) -> None:
     """Raise RecipeError if a sparse model that stays fixed has another L0 than the recipe."""
     if not all(math.isclose(a, b, rel_tol=0.01) for a, b in ((there.blocks, asked.blocks), (there.embed, asked.embed))):
         rule = f"keeps the sparse model's L0 ({there.blocks:.4g} in blocks, {there.embed:.4g} in embeddings)"

@@ -33,7 +33,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from bridge.display.progress import OnProgress, Phase, unseen
+from bridge.display.progress import OnProgress, Phase, ignore_progress
 from bridge.models.bridges import Bridge, CoupledModels
 from bridge.models.circuit import kl
 from bridge.models.dense import DenseModel
@@ -49,7 +49,7 @@ RIDGE, FLOOR, KEEP = 1e-3, 1e-3, 1e-4  # relative to the mean: added to A, to th
 
 
 def refit_decoders(
-    coupling: CoupledModels, tokens_bt: Tensor, heldout_bt: Tensor, weight: float, progress: OnProgress = unseen
+    coupling: CoupledModels, tokens_bt: Tensor, heldout_bt: Tensor, weight: float, progress: OnProgress = ignore_progress
 ) -> None:
     """Refit the decoders in place to gradients over tokens_bt; `weight` is w in the module's formula, 0 means no refit.
 
@@ -71,9 +71,9 @@ def refit_decoders(
         done = 0
         for rows_bt in tokens_bt.to(device).split(ROWS_AT_ONCE):
             with torch.no_grad():
-                question = AnswerContrast.drawn(dense.run(rows_bt).logits_btv, generator)
-            gradient_h, _ = gradients(dense, rows_bt, question)
-            gradient_x, x = gradients(sparse, rows_bt, question)
+                question = AnswerContrast.draw(dense.run(rows_bt).logits_btv, generator)
+            gradient_h, _ = residual_gradients(dense, rows_bt, question)
+            gradient_x, x = residual_gradients(sparse, rows_bt, question)
             for site, sums in moments.items():
                 sums.add(gradient_h[site], gradient_x[site], x[site], x[site] - x[site - 1] if site else x[site])
             done += len(rows_bt)
@@ -109,7 +109,7 @@ class AnswerContrast:
     sign_bt: Tensor
 
     @staticmethod
-    def drawn(logits_btv: Tensor, generator: torch.Generator) -> AnswerContrast:
+    def draw(logits_btv: Tensor, generator: torch.Generator) -> AnswerContrast:
         """Draw a question for each row: at each token, the likeliest answer against one drawn from the next likeliest."""
         best_btk = logits_btv.topk(min(ANSWERS, logits_btv.shape[-1])).indices
         shape = (*best_btk.shape[:2], 1)
@@ -123,7 +123,7 @@ class AnswerContrast:
         return (self.sign_bt * (answer_bt - other_bt)).sum()
 
 
-def gradients(
+def residual_gradients(
     model: DenseModel | SparseTransformer, tokens_bt: Tensor, question: AnswerContrast
 ) -> tuple[list[Tensor], list[Tensor]]:
     """Return the gradient of the question's difference by the residual at each site of a model, and the residuals."""

@@ -42,12 +42,12 @@ def in_shards(module: nn.Module) -> bool:
     return any(isinstance(p, DTensor) for p in module.parameters())
 
 
-def whole(tensor: Tensor) -> Tensor:
+def gather_tensor(tensor: Tensor) -> Tensor:
     """Return the whole tensor; one in shards is gathered from the processes, so every process has to call this."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-def alike(tensor: Tensor, shards: Tensor) -> Tensor:
+def shard_like(tensor: Tensor, shards: Tensor) -> Tensor:
     """Shard a whole tensor in the same way as `shards`; return it unchanged if that is not in shards."""
     if not isinstance(shards, DTensor) or not tensor.dim():
         return tensor
@@ -55,9 +55,9 @@ def alike(tensor: Tensor, shards: Tensor) -> Tensor:
 
 
 @contextmanager
-def whole_weights(module: nn.Module) -> Iterator[None]:
+def gathered_weights(module: nn.Module) -> Iterator[None]:
     """Context manager in which a module's parameters are whole; changes to them are written back to their shards."""
-    places = gather(module)
+    places = gather_parameters(module)
     try:
         yield
     finally:
@@ -65,15 +65,15 @@ def whole_weights(module: nn.Module) -> Iterator[None]:
             changed = one._parameters[name]
             assert changed is not None
             with torch.no_grad():
-                p.copy_(alike(changed.detach(), p))
+                p.copy_(shard_like(changed.detach(), p))
             one._parameters[name] = p
 
 
-def gather(module: nn.Module) -> list[tuple[nn.Module, str, nn.Parameter]]:
+def gather_parameters(module: nn.Module) -> list[tuple[nn.Module, str, nn.Parameter]]:
     """Make a module's parameters whole, in place; return (module, name, shard) for each parameter that was in shards."""
     places: list[tuple[nn.Module, str, nn.Parameter]] = [
         (one, name, p) for one in module.modules() for name, p in one._parameters.items() if isinstance(p, DTensor)
     ]
     for one, name, p in places:
-        one._parameters[name] = nn.Parameter(whole(p.detach()), requires_grad=p.requires_grad)
+        one._parameters[name] = nn.Parameter(gather_tensor(p.detach()), requires_grad=p.requires_grad)
     return places

@@ -6,7 +6,7 @@
                         at 0 and without momentum;  r falls linearly from `move` to 0 at the end of training
 
 (Evci et al. 2020, RigL; Gao et al. 2025, appendix B.) The reference is dense-masked training: a dense gradient updates every
-weight at every step, and a projection keeps the largest. `products.worth_it` measures which matrices are trained sparse-natively.
+weight at every step, and a projection keeps the largest. `products.is_faster_than_dense` measures which matrices to train so.
 
 Shape legend: p nonzeros, m x n a matrix.
 """
@@ -18,49 +18,53 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from bridge.kernels.products import Compact, Pattern
+from bridge.kernels.products import Pattern, SparseMatrix
 from bridge.kernels.top_k import project_
 from bridge.models.sparse import SparseTransformer
-from bridge.models.sparse_weights import protected
+from bridge.models.sparse_weights import protected_mask
 
 Moments = Mapping[Tensor, Mapping[str, Tensor]]  # an optimizer's state: by parameter, then exp_avg, exp_avg_sq, step
 
 
 def pack(sparse: SparseTransformer, name: str, pattern: Pattern | None = None) -> nn.Parameter:
     """Replace a matrix by a new parameter, the values of its nonzeros (or at `pattern`), and return the parameter."""
-    module, attribute = _place(sparse, name)
+    module, attribute = _module_and_attribute(sparse, name)
     weight = getattr(module, attribute)
-    matrix = Compact.of(weight) if pattern is None else Compact(pattern, weight.detach().reshape(-1)[pattern.index_p].clone())
+    matrix = (
+        SparseMatrix.of(weight)
+        if pattern is None
+        else SparseMatrix(pattern, weight.detach().reshape(-1)[pattern.index_p].clone())
+    )
     parameter = nn.Parameter(matrix.value_p)
     matrix.value_p = parameter
     sparse.compact[name] = matrix
-    sparse.values[key(name)] = parameter
+    sparse.values[values_key(name)] = parameter
     setattr(module, attribute, None)
     return parameter
 
 
 def unpack(sparse: SparseTransformer) -> None:
     """Replace the packed values with dense matrices again."""
-    for name in packed(sparse):
-        module, attribute = _place(sparse, name)
+    for name in packed_names(sparse):
+        module, attribute = _module_and_attribute(sparse, name)
         weight = nn.Parameter(sparse.compact.pop(name).dense())
-        del sparse.values[key(name)]
+        del sparse.values[values_key(name)]
         setattr(module, attribute, weight)
 
 
-def packed(sparse: SparseTransformer) -> list[str]:
+def packed_names(sparse: SparseTransformer) -> list[str]:
     """Return the names of the matrices that are stored by their nonzeros."""
     return [name.replace("/", ".") for name in sparse.values]
 
 
-def key(name: str) -> str:
+def values_key(name: str) -> str:
     """Return the parameter name of a matrix's values, without dots, which parameter names must not have."""
     return name.replace(".", "/")
 
 
-def look(sparse: SparseTransformer) -> None:
+def collect_gradients(sparse: SparseTransformer) -> None:
     """Make the next backward pass collect the dense gradient of every matrix that is stored by its nonzeros."""
-    for name in packed(sparse):
+    for name in packed_names(sparse):
         sparse.compact[name].gradient_mn = torch.zeros(sparse.compact[name].pattern.shape)
 
 
@@ -70,12 +74,12 @@ def update_mask(sparse: SparseTransformer, share: float, moments: Moments, *, mi
 
     Nonzeros that stay keep their moments; new ones start with value and moments 0.
     """
-    for name in packed(sparse):
+    for name in packed_names(sparse):
         matrix = sparse.compact[name]
         assert matrix.gradient_mn is not None
         gradient_mn, matrix.gradient_mn = matrix.gradient_mn, None
         index_p = matrix.pattern.index_p
-        stays_p = _stays(name, matrix, share, min_per_neuron)
+        stays_p = _nonzeros_to_keep(name, matrix, share, min_per_neuron)
         n_new = int((~stays_p).sum())
         flat = gradient_mn.view(-1)
         flat[index_p] = 0  # includes nonzeros about to be dropped, which would return at once
@@ -90,15 +94,15 @@ def update_mask(sparse: SparseTransformer, share: float, moments: Moments, *, mi
                 tensor_p.copy_(torch.cat([tensor_p[stays_p], tensor_p.new_zeros(len(new_p))])[order_q])
 
 
-def _stays(name: str, matrix: Compact, share: float, min_per_neuron: int) -> Tensor:
+def _nonzeros_to_keep(name: str, matrix: SparseMatrix, share: float, min_per_neuron: int) -> Tensor:
     magnitude_p = matrix.value_p.detach().abs()
-    if min_per_neuron and (kept_mn := protected(name, matrix.dense(), min_per_neuron)) is not None:
+    if min_per_neuron and (kept_mn := protected_mask(name, matrix.dense(), min_per_neuron)) is not None:
         magnitude_p[kept_mn.view(-1)[matrix.pattern.index_p]] = torch.inf
     n_stay = len(magnitude_p) - int(share * len(magnitude_p))
     project_([magnitude_p], max(1, n_stay))
     return magnitude_p != 0
 
 
-def _place(sparse: SparseTransformer, name: str) -> tuple[nn.Module, str]:
+def _module_and_attribute(sparse: SparseTransformer, name: str) -> tuple[nn.Module, str]:
     path, _, attribute = name.rpartition(".")
     return sparse.get_submodule(path), attribute

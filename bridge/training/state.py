@@ -21,10 +21,10 @@ from bridge.models.sparse_weights import Fractions
 from bridge.models.store import CheckpointError, read_folder, write_folder
 from bridge.training import sparse_native as native
 from bridge.training.optimizer import SharkfinAdamW
-from bridge.training.shards import alike, in_shards, whole
+from bridge.training.shards import gather_tensor, in_shards, shard_like
 
-CAUTION = 2**-6  # smallest factor on the rates of a run that begins to diverge
-DIVERGED = 1.5  # a sparse model has diverged if its cross-entropy is more than this many times a uniform guess's
+MIN_CAUTION = 2**-6  # smallest factor on the rates of a run that begins to diverge
+DIVERGED_CE_RATIO = 1.5  # a sparse model has diverged if its cross-entropy is more than this many times a uniform guess's
 
 
 @dataclass
@@ -39,10 +39,10 @@ class TrainingState:
     best: float = math.inf  # smallest cross-entropy of a step so far
     since: int = 10  # steps since the rates were last halved
 
-    def watch(self, ce: float, vocabulary: int) -> None:
+    def lower_rates(self, ce: float, vocabulary: int) -> None:
         """Halve the rates, at most once in ten steps, while the model is much worse than guessing and than its best step."""
         self.since += 1
-        if ce > DIVERGED * max(self.best, math.log(vocabulary)) and self.since > 10 and self.caution > CAUTION:
+        if ce > DIVERGED_CE_RATIO * max(self.best, math.log(vocabulary)) and self.since > 10 and self.caution > MIN_CAUTION:
             self.caution, self.since = self.caution / 2, 0
         self.best = min(self.best, ce)
 
@@ -51,14 +51,14 @@ def save(
     out: Path | None, coupling: CoupledModels, optimizer: SharkfinAdamW, blocks: Blocks | Stream, state: TrainingState
 ) -> None:
     """Write the state of a run to its folder; with None, only take part in gathering it from the processes."""
-    tensors: dict[str, Tensor] = {f"sparse.{name}": whole(p) for name, p in coupling.sparse.named_parameters()}
-    tensors |= {f"bridges.{name}": whole(tensor) for name, tensor in coupling.bridges.state_dict().items()}
+    tensors: dict[str, Tensor] = {f"sparse.{name}": gather_tensor(p) for name, p in coupling.sparse.named_parameters()}
+    tensors |= {f"bridges.{name}": gather_tensor(tensor) for name, tensor in coupling.bridges.state_dict().items()}
     tensors |= optimizer.tensors()
     if out is None:
         return
     facts: dict[str, Any] = {"recipe": coupling.recipe.model_dump(), "dense": coupling.dense.identity().to_json()}
     facts |= {**asdict(state), "best": None if math.isinf(state.best) else state.best}
-    for name in native.packed(coupling.sparse):
+    for name in native.packed_names(coupling.sparse):
         tensors[f"pattern.{name}"] = coupling.sparse.compact[name].pattern.index_p
     write_folder(out, "training", {**tensors, **blocks.tensors()}, facts)
 
@@ -80,12 +80,12 @@ def restore(out: Path, coupling: CoupledModels, optimizer: SharkfinAdamW, blocks
     for name in facts.get("native") or ():
         weight = coupling.sparse.get_parameter(name)
         pattern = Pattern.at(tensors[f"pattern.{name}"], (weight.shape[0], weight.shape[1]))
-        optimizer.exchange(name, coupling, pattern)
+        optimizer.pack_matrix(name, coupling, pattern)
     for prefix, module in (("sparse.", coupling.sparse), ("bridges.", coupling.bridges)):
         part = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
         there = module.state_dict()
         try:
-            module.load_state_dict({key: alike(value, there[key]) if key in there else value for key, value in part.items()})
+            module.load_state_dict({key: shard_like(value, there[key]) if key in there else value for key, value in part.items()})
         except RuntimeError:
             raise CheckpointError(f"the training state in {str(out)!r}", "has another shape than the recipe") from None
     optimizer.restore(tensors)

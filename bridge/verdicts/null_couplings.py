@@ -23,7 +23,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from bridge.display.progress import OnProgress, Phase, unseen
+from bridge.display.progress import OnProgress, Phase, ignore_progress
 from bridge.errors import UserError
 from bridge.models.bridges import Bridges, CoupledModels
 from bridge.models.sparse import SparseTransformer
@@ -52,7 +52,7 @@ def null_coupling(
     against: Path | None = None,
     minutes: float = MINUTES,
     seed: int = 0,
-    progress: OnProgress = unseen,
+    progress: OnProgress = ignore_progress,
 ) -> CoupledModels:
     """Return the null of a name; the uncoupled model is loaded from the folder `against`, or trained there.
 

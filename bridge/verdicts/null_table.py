@@ -18,7 +18,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from bridge.circuits.loss import SearchConfig
 from bridge.evidence.measures import Criterion, Measure, Point
-from bridge.models.bridges import CoupledModels, folder_of
+from bridge.models.bridges import CoupledModels, local_folder
 from bridge.models.store import CheckpointError, read_json, write_json
 
 FILE = "nulls.json"
@@ -180,4 +180,4 @@ def fingerprint(coupling: CoupledModels) -> str:
 def _folder(coupling: CoupledModels) -> Path:
     if coupling.path is None:
         raise CheckpointError("the coupling", "is not saved in a folder", "save it first, because its nulls are stored there")
-    return folder_of(coupling.path)
+    return local_folder(coupling.path)

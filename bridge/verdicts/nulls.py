@@ -21,7 +21,7 @@ from bridge.circuits.masked_model import MaskedModel
 from bridge.circuits.question import Question
 from bridge.circuits.search import find_nested
 from bridge.display.columns import columns
-from bridge.display.progress import OnProgress, Phase, unseen
+from bridge.display.progress import OnProgress, Phase, ignore_progress
 from bridge.errors import UserError
 from bridge.evidence.sufficiency import measure_nested
 from bridge.models.bridges import CoupledModels
@@ -86,7 +86,7 @@ def run_prompt_nulls(
     config: EvidenceConfig | None = None,
     minutes: float = MINUTES,
     seed: int = 0,
-    progress: OnProgress = unseen,
+    progress: OnProgress = ignore_progress,
 ) -> tuple[PromptNull, ...]:
     """Run each null on the prompts, and write the results to the coupling's folder if it has one.
 

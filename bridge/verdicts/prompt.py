@@ -8,9 +8,9 @@
     mechanistic support  also: the answer is lost when the circuit (and its backup, if any) is ablated; single nodes' effects rank
                          alike in both models; patching transports, if a counterfactual is given; and the coupling's nulls fail
 
-`gather` takes all measures, each with its control; their modules define them. The circuit that is drawn and judged is the one at
-the level that the search opens at. If this circuit does not hold in random supersets, and the next one does and is not much
-larger, the next one is drawn and judged (`opening_of`).
+`gather_evidence` takes all measures, each with its control; their modules define them. The circuit that is drawn and judged is
+the one at the level that the search opens at. If this circuit does not hold in random supersets, and the next one does and is not
+much larger, the next one is drawn and judged (`opening_of`).
 
 Shape legend: c circuit, f all nodes in one row.
 """
@@ -28,7 +28,7 @@ from bridge.circuits.error_nodes import Followed
 from bridge.circuits.loss import CircuitLoss
 from bridge.circuits.necessity import backup_nodes
 from bridge.circuits.search import NestedMasks
-from bridge.display.progress import OnProgress, Phase, unseen
+from bridge.display.progress import OnProgress, Phase, ignore_progress
 from bridge.evidence.carry import Transporter
 from bridge.evidence.controls import circuits_of_other_prompts, matched_nodes
 from bridge.evidence.deletion import Deletions, GroupLoss, delete_groups
@@ -137,7 +137,7 @@ def gather_evidence(
     *,
     config: EvidenceConfig | None = None,
     seed: int = 0,
-    progress: OnProgress = unseen,
+    progress: OnProgress = ignore_progress,
 ) -> Evidence:
     """Gather all evidence on one of the nested circuits of a search; groups are masks of its nodes.
 

@@ -25,7 +25,7 @@ from bridge.circuits.loss import CircuitLoss
 from bridge.circuits.masked_model import MaskedModel
 from bridge.circuits.search import NestedMasks
 from bridge.data.task_tokens import Scores
-from bridge.display.progress import OnProgress, Phase, unseen
+from bridge.display.progress import OnProgress, Phase, ignore_progress
 from bridge.evidence.controls import active_nodes, matched_nodes
 from bridge.evidence.measures import Control, Criterion, Measure, Report, Rule
 from bridge.evidence.sufficiency import NestedCircuit, measure_circuit, superset_draws
@@ -85,7 +85,7 @@ def gather_task(
     dense_scores: Scores,
     *,
     seed: int = 0,
-    progress: OnProgress = unseen,
+    progress: OnProgress = ignore_progress,
 ) -> tuple[Report, tuple[TaskLevel, ...]]:
     """Gather the evidence on a task's nested circuits on the prompts of `test`; return the report and the measured levels.
 

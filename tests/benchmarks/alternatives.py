@@ -174,7 +174,7 @@ def searched(
     if abs(loss.span) < loss.config.least_span:
         return Line(loss.span)
     nested = find_nested(loss, levels=(LEVEL,))
-    seconds, kept_f, within = time.process_time() - began, nested.kept(0), nested.off[0] <= 1
+    seconds, kept_f, within = time.process_time() - began, nested.kept(0), nested.distances[0] <= 1
     found = measure_circuit(loss, kept_f, superset_draws(loss, DRAWS, 0), LEVEL.faithfulness, None, within)
     needed, between = edges(loss, kept_f)
     kept = masked.space.split(kept_f)

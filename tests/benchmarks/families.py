@@ -25,10 +25,10 @@ from bridge.models.bridges import CoupledModels, new_coupling
 from bridge.models.dense import DenseModel, load_dense
 from bridge.models.sparse_weights import annealed_l0
 from bridge.recipe import resolve
-from bridge.training.initialize import Started, start_from_dense
+from bridge.training.initialize import Initialization, start_from_dense
 from bridge.training.objective import Objective, draw_splice
 from bridge.training.optimizer import SharkfinAdamW
-from bridge.training.prepare import resolve_for
+from bridge.training.prepare import complete_recipe
 
 ROWS, HELD, TOKENS, L0 = 16, 32, 16, 1 / 16
 
@@ -52,10 +52,10 @@ def divergence(coupling: CoupledModels, tokens_bt: Tensor) -> tuple[float, float
     return float(kl), float(entropy)
 
 
-def started(dense: DenseModel, l0: float, tokens_bt: Tensor, **shape: float) -> tuple[CoupledModels, Started]:
+def started(dense: DenseModel, l0: float, tokens_bt: Tensor, **shape: float) -> tuple[CoupledModels, Initialization]:
     """Return a coupling that starts as its dense model, and what was copied."""
     values = {"dense": dense.name, "sparse": shape, "sparsity": {"l0": l0}, "data": {"context": tokens_bt.shape[1]}}
-    coupling = new_coupling(dense, resolve_for(dense, resolve(values)))
+    coupling = new_coupling(dense, complete_recipe(dense, resolve(values)))
     return coupling, start_from_dense(coupling, tokens_bt)
 
 

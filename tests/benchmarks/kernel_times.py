@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from bridge.kernels.cpu import reuse_memory
-from bridge.kernels.products import Compact, sparse_linear, tokens_inside
+from bridge.kernels.products import SparseMatrix, sparse_linear, tokens_innermost
 from bridge.kernels.top_k import abs_top_k, project_
 
 TOKENS = 2048
@@ -72,7 +72,7 @@ def main() -> None:
     for width in (256, 1024, 4096):
         for dtype in (torch.float32, torch.bfloat16):
             x = torch.randn(4096, width, device=device).to(dtype).requires_grad_()
-            inside = tokens_inside(x.detach().view(32, 128, width)).to(dtype).requires_grad_()
+            inside = tokens_innermost(x.detach().view(32, 128, width)).to(dtype).requires_grad_()
             given, given_inside = torch.randn_like(x), torch.randn_like(inside)
             still, k = x.detach(), width // 4
             found = times(
@@ -124,13 +124,13 @@ def main() -> None:
     for n, m in ((512, 512), (1024, 1024), (1024, 4096), (4096, 1024), (2048, 8192)):
         for density in (16, 64, 256):
             weight_mn = torch.where(torch.rand(m, n) < 1 / density, torch.randn(m, n), 0)
-            matrix = Compact.of(weight_mn)
+            matrix = SparseMatrix.of(weight_mn)
             matrix.value_p.requires_grad_()
             csr, csr_t = weight_mn.to_sparse_csr(), weight_mn.T.contiguous().to_sparse_csr()
             x_btn = torch.randn(TOKENS // 128, 128, n)
-            inside_btn = tokens_inside(x_btn).requires_grad_()
+            inside_btn = tokens_innermost(x_btn).requires_grad_()
             given_btm = torch.randn(TOKENS // 128, 128, m)
-            given_inside_btm = tokens_inside(given_btm)
+            given_inside_btm = tokens_innermost(given_btm)
             x_nt, dy_mt = x_btn.reshape(-1, n).T.contiguous(), given_btm.reshape(-1, m).T.contiguous()
             halves = [x.bfloat16() for x in (weight_mn, x_nt, dy_mt)]
 

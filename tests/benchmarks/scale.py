@@ -47,7 +47,7 @@ from bridge.models.sparse import Location, SparseTransformer
 from bridge.recipe import resolve
 from bridge.training.objective import Objective, draw_splice
 from bridge.training.optimizer import SharkfinAdamW
-from bridge.training.prepare import memory_needed, resolve_for
+from bridge.training.prepare import complete_recipe, memory_needed
 
 SIZES = (  # width, layers, vocabulary
     (64, 4, 2048), (128, 4, 2048), (128, 8, 2048), (128, 4, 16384), (256, 4, 2048), (256, 8, 8192), (256, 4, 32768),
@@ -102,7 +102,7 @@ def measured(width: int, layers: int, vocabulary: int, options: argparse.Namespa
         "dense": "random", "sparse": {"width": width, "keep": 1.0}, "sparsity": {"l0": L0},
         "data": {"rows": options.rows, "context": options.context},
     }  # fmt: skip
-    recipe = resolve_for(dense, resolve(values))
+    recipe = complete_recipe(dense, resolve(values))
     coupling = new_coupling(dense, recipe)
     tokens_bt = torch.randint(vocabulary, (options.rows, options.context))
     objective, optimizer = Objective(dense, coupling.sparse, coupling.bridges, recipe.losses), SharkfinAdamW(coupling)

@@ -25,7 +25,7 @@ from bridge.recipe import recipe_values, resolve
 from bridge.training.evaluate import evaluate
 from bridge.training.objective import Objective, draw_splice
 from bridge.training.optimizer import SharkfinAdamW
-from bridge.training.prepare import resolve_for
+from bridge.training.prepare import complete_recipe
 
 ROOT = Path(__file__).resolve().parents[2]
 TURN_SECONDS = 5.0
@@ -43,7 +43,7 @@ class Contender:
             minutes=arguments.minutes,
             settings={"losses.splice": splice},
         )
-        self.recipe = resolve_for(dense, resolve({**values, "dense": "python-dense"}))
+        self.recipe = complete_recipe(dense, resolve({**values, "dense": "python-dense"}))
         self.coupling = new_coupling(dense, self.recipe)
         self.objective = Objective(dense, self.coupling.sparse, self.coupling.bridges, self.recipe.losses)
         self.optimizer = SharkfinAdamW(self.coupling)

@@ -30,10 +30,10 @@ from bridge.models.bridges import CoupledModels
 from bridge.models.circuit import Node, recording_gate
 from bridge.models.sparse import Location
 from bridge.models.store import write_text
-from bridge.models.transport import change_between, decoded
-from bridge.steering.curves import Spread, logits_at, random_like
+from bridge.models.transport import change_between, decode_changes
+from bridge.steering.curves import Spread, random_directions, steered_logits
 from bridge.steering.figure import Panel, figure_of
-from bridge.steering.interventions import Intervention, Steerer, circuit_interventions, every_node
+from bridge.steering.interventions import Intervention, Steerer, circuit_interventions, intervene_on_every_node
 
 STRENGTHS = (0.2, 0.4, 0.6, 0.8, 1.0)
 FEW = (1, 10, 100, 1000)
@@ -77,8 +77,8 @@ def patched(
         plain = coupling.dense.run(tokens_t[None])
         changes = changes_of(tokens_t, other_t)
         generator = torch.Generator().manual_seed(row)
-        rows = {site: torch.cat([c_1td, random_like(c_1td[0], draws, generator)]) for site, c_1td in changes.items()}
-        logits_rkv = logits_at(coupling, tokens_t, plain, rows, strengths)
+        rows = {site: torch.cat([c_1td, random_directions(c_1td[0], draws, generator)]) for site, c_1td in changes.items()}
+        logits_rkv = steered_logits(coupling, tokens_t, plain, rows, strengths)
         plain_rkv = plain.logits_btv[:, -1:].float().expand(draws + 1, 1, -1)
         wrong_rk, answer_rk = sides(pairs, row, torch.cat([plain_rkv, logits_rkv], 1))
         found.append((wrong_rk[0], answer_rk[0], wrong_rk[1:], answer_rk[1:]))
@@ -151,7 +151,7 @@ def main() -> None:
         heads = f"{'p before':>9}{'p after':>9}{'of cf':>9}{'share':>7}{'random':>8}{'most':>7}{'reach':>8}{'s':>5}"
         print(f"{'patched at strength 1':<34}{heads}")
         best = best_channels(coupling, train, max(FEW))
-        chosen: dict[str, list[Intervention]] = {"every node": every_node(sizes)}
+        chosen: dict[str, list[Intervention]] = {"every node": intervene_on_every_node(sizes)}
         if name in circuits:
             chosen["the circuit's nodes"] = circuit_interventions(circuits[name], coupling)
         chosen |= {f"{few} channels": best[:few] for few in FEW}
@@ -160,12 +160,12 @@ def main() -> None:
             def changes(tokens_t: Tensor, other_t: Tensor) -> dict[int, Tensor]:
                 plain, other = coupling.sparse.run(tokens_t[None]), coupling.sparse.run(other_t[None])
                 site_b = torch.tensor([site])
-                return {site: decoded(coupling, site_b, change_between(plain, other, site_b))}
+                return {site: decode_changes(coupling, site_b, change_between(plain, other, site_b))}
 
             return changes
 
         def by_nodes(interventions: list[Intervention], site: int | None) -> Callable[[Tensor, Tensor], dict[int, Tensor]]:
-            return lambda tokens_t, other_t: Steerer(coupling, tokens_t, interventions, other_t, site=site).changes(
+            return lambda tokens_t, other_t: Steerer(coupling, tokens_t, interventions, other_t, site=site).residual_changes(
                 tokens_t[None]
             )
 

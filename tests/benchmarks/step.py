@@ -35,7 +35,7 @@ from bridge.recipe import Losses, resolve
 from bridge.training import sparse_native as native
 from bridge.training.objective import Objective, draw_splice
 from bridge.training.optimizer import SharkfinAdamW
-from bridge.training.prepare import resolve_for
+from bridge.training.prepare import complete_recipe
 
 LOOK_EVERY = 20
 
@@ -79,7 +79,7 @@ def stepper(layers: int, arguments: argparse.Namespace, losses: Losses, *, by_no
         "data": {"rows": arguments.rows, "context": 128},
         "losses": losses.model_dump(),
     }
-    coupling = new_coupling(dense, resolve_for(dense, resolve(values)))
+    coupling = new_coupling(dense, complete_recipe(dense, resolve(values)))
     coupling.bridges.requires_grad_(losses.coupled)
     objective = Objective(dense, coupling.sparse, coupling.bridges, losses)
     optimizer = SharkfinAdamW(coupling)
@@ -88,11 +88,11 @@ def stepper(layers: int, arguments: argparse.Namespace, losses: Losses, *, by_no
     coupling.sparse.project(arguments.l0)
     if by_nonzeros:
         for name in list(coupling.sparse.packable()):
-            optimizer.exchange(name, coupling)
+            optimizer.pack_matrix(name, coupling)
 
     def step(look: bool = False) -> None:
         if look:
-            native.look(coupling.sparse)
+            native.collect_gradients(coupling.sparse)
         sampled = losses.coupled and losses.splice == "sampled"
         splice = draw_splice(arguments.rows, coupling.n_sites, losses, generator) if sampled else None
         with torch.autocast("cpu", torch.bfloat16, enabled=arguments.bfloat16):

@@ -14,7 +14,7 @@ from bridge.circuits.error_nodes import error_means, follow_dense
 from bridge.circuits.masked_model import MaskedModel
 from bridge.circuits.masked_pass import supports_model
 from bridge.circuits.question import Question
-from bridge.kernels.products import Compact
+from bridge.kernels.products import SparseMatrix
 from bridge.models.bridges import CoupledModels
 from bridge.models.circuit import corpus_means
 from bridge.models.dense import DenseModel
@@ -42,7 +42,7 @@ def masked_models(
     assert not supports_model(sparse)
     gates = MaskedModel(sparse, question, means, followed.errors, by_position=not several)
     for name, weight in sparse.packable().items():
-        sparse.compact[name] = Compact.of(weight)
+        sparse.compact[name] = SparseMatrix.of(weight)
     assert supports_model(sparse)
     compiled = MaskedModel(sparse, question, means, followed.errors, by_position=not several)
     sparse.compact.clear()

@@ -121,7 +121,7 @@ def test_the_circuit_of_a_task_is_what_was_planted(dense: DenseModel) -> None:
     place = CONFIG.opening
     names = {held.masked.space.node(place).name for place in found.kept(place).nonzero().flatten().tolist()}
     assert names == PLANTED
-    assert max(found.off) <= 1
+    assert max(found.distances) <= 1
     for smaller in range(len(found.levels) - 1):
         assert bool((found.kept(smaller) <= found.kept(smaller + 1)).all())
 

@@ -25,7 +25,7 @@ from bridge.errors import RunError, UserError
 from bridge.models import store as checkpoint
 from bridge.models.bridges import CoupledModels
 from bridge.models.dense import load_dense
-from bridge.recipe import MOST_SEED
+from bridge.recipe import MAX_SEED
 from bridge.training import loop as training
 from bridge.training.loop import Progress
 
@@ -344,7 +344,7 @@ def test_every_seed_has_the_same_bounds() -> None:
         if option.name == "seed"
     }
     assert set(bounds) == {"adapt", "diff", "fit", "explain", "steer", "circuit", "card", "nulls", "sweep", "tasks"}
-    assert set(bounds.values()) == {(0, MOST_SEED)}
+    assert set(bounds.values()) == {(0, MAX_SEED)}
 
 
 @pytest.mark.parametrize("seed", ["-1", "99999999999999999999"])
@@ -376,7 +376,7 @@ def main_with(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture):
         ("nodes --rows 0", ["'--rows'", "(given: ", "; see bridge nodes --help"]),
         ("steer --strength abc", ["'--strength'", "(given: 'abc')"]),
         ("tasks --seed=-1", ["'--seed'", "-1", "; see bridge tasks --help"]),
-        ("tasks --seed=99999999999999999999", ["'--seed'", str(MOST_SEED), "99999999999999999999"]),
+        ("tasks --seed=99999999999999999999", ["'--seed'", str(MAX_SEED), "99999999999999999999"]),
         ("explain", ["issing option '--prompt'; see bridge explain --help"]),
         ("info", ["the model is missing; give a hub id, a folder or a .gguf file"]),
         ("info a b", ["unexpected extra argument", "b"]),

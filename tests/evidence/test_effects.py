@@ -43,7 +43,7 @@ def test_effects_are_those_of_one_node_deleted_in_one_prompt(dense: DenseModel) 
     coupling = untrained(dense)
     transporter, kept_f, pairs = case_of(coupling)
     nodes = [Node(Location(0, "v"), 3), Node(Location(0, "mlp_act"), 17), Node(Location(1, "attn_out"), 5)]
-    place_p = torch.tensor([transporter.masked.space.place(node) for node in nodes])
+    place_p = torch.tensor([transporter.masked.space.index_of(node) for node in nodes])
     found = effect_profile(transporter, kept_f, place_p)
     for node, place, effect in zip(nodes, place_p.tolist(), found, strict=True):
         alone_f = transporter.reference_f.clone()

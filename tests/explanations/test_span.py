@@ -18,7 +18,7 @@ from bridge.circuits.masked_pass import supports_model
 from bridge.circuits.question import Question
 from bridge.graph.attribution import draw_edges
 from bridge.graph.flow import flow_through
-from bridge.kernels.products import Compact
+from bridge.kernels.products import SparseMatrix
 from bridge.models.bridges import CoupledModels, new_coupling
 from bridge.models.dense import load_dense
 from bridge.models.residual import Enter
@@ -26,7 +26,7 @@ from bridge.models.schema import ERROR
 from bridge.models.span import DenseSpan, dense_of
 from bridge.models.sparse import Location
 from bridge.recipe import resolve
-from bridge.training.prepare import resolve_for
+from bridge.training.prepare import complete_recipe
 
 PROMPT = "w5 w9 w12 w7 w5 w9"
 
@@ -36,7 +36,7 @@ def span() -> CoupledModels:
     """A random coupling of the middle block of three."""
     dense = dense_of(load_dense(tiny_gpt2(layers=3), tokenizer=tiny_tokenizer()), "1:2")
     values = {"dense": "tiny", "sparse": {"blocks": "1:2", "width": 32, "keep": 0.5}, "sparsity": {"l0": 0.5}}
-    made = new_coupling(dense, resolve_for(dense, resolve(values)))
+    made = new_coupling(dense, complete_recipe(dense, resolve(values)))
     made.sparse.project(0.5)
     reference_bt = torch.randint(2, VOCABULARY, (8, CONTEXT), generator=torch.Generator().manual_seed(0))
     return CoupledModels(dense, made.sparse.requires_grad_(False), made.bridges.requires_grad_(False), made.recipe, reference_bt)
@@ -64,7 +64,7 @@ def test_with_every_error_it_has_the_models_own_d(span: CoupledModels) -> None:
 
 
 def test_no_compiled_pass_serves_it(span: CoupledModels) -> None:
-    span.sparse.compact["blocks.0.q.weight"] = Compact.of(span.sparse.get_parameter("blocks.0.q.weight"))
+    span.sparse.compact["blocks.0.q.weight"] = SparseMatrix.of(span.sparse.get_parameter("blocks.0.q.weight"))
     try:
         assert span.sparse.achieved_l0() <= 0.6 and not supports_model(span.sparse)
         span.sparse.shape = span.sparse.shape.model_copy(update={"blocks": None})

@@ -132,7 +132,7 @@ def test_edges_between_groups_are_sums_of_edges() -> None:
     leaving: dict[int, float] = {}
     for edge in edges.strongest:
         if edge.source.location in flow.masked.space.sizes:
-            place = flow.masked.space.place(edge.source)
+            place = flow.masked.space.index_of(edge.source)
             leaving[place] = leaving.get(place, 0.0) + edge.effect
     for place, effect in node_effects(edges).items():
         if place < flow.masked.space.size:

@@ -12,8 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from bridge.kernels.products import tokens_inside
-from bridge.kernels.top_k import abs_top_k, choose, gelu, normed, project_, top_k_mask
+from bridge.kernels.products import tokens_innermost
+from bridge.kernels.top_k import abs_top_k, apply_norm, choose, gelu, project_, top_k_mask
 from bridge.models.sparse_blocks import norm_scale
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -213,8 +213,8 @@ def test_gelu_is_torchs(inside: bool) -> None:
 @pytest.mark.parametrize("size", [1.0, 1e-4])
 def test_a_norm_s_slopes_are_those_of_finite_differences(size: float) -> None:
     x = (size * torch.randn(2, 3, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(0))).requires_grad_()
-    assert torch.autograd.gradcheck(lambda x: normed(x, norm_scale), x, eps=1e-6 * size)
-    assert torch.allclose(normed(x, norm_scale).square().mean(-1), x.square().mean(-1) / (x.square().mean(-1) + 1e-6))
+    assert torch.autograd.gradcheck(lambda x: apply_norm(x, norm_scale), x, eps=1e-6 * size)
+    assert torch.allclose(apply_norm(x, norm_scale).square().mean(-1), x.square().mean(-1) / (x.square().mean(-1) + 1e-6))
 
 
 @pytest.mark.parametrize("shape", [(5, 3, 7), (1, 9, 4), (3, 70, 5), (6, 1, 8), (1, 1, 3)])
@@ -224,7 +224,7 @@ def test_a_choice_is_torch_s_own(shape: tuple[int, int, int], shared: bool, stor
     generator = torch.Generator().manual_seed(0)
     x_btn, else_n = torch.randn(shape, generator=generator), torch.randn(shape[2], generator=generator)
     mask = torch.rand(shape[1:] if shared else shape, generator=generator) < 0.5
-    x_btn = (tokens_inside(x_btn) if stored == "inside" else x_btn).requires_grad_()
+    x_btn = (tokens_innermost(x_btn) if stored == "inside" else x_btn).requires_grad_()
     found, expected = choose(mask, x_btn, else_n), torch.where(mask, x_btn, else_n)
     assert torch.equal(found, expected)
     given_btn = torch.randn(shape, generator=generator)

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from bridge.kernels.products import Compact, Pattern, sparse_embedding, sparse_linear, tokens_inside, worth_it
+from bridge.kernels.products import Pattern, SparseMatrix, is_faster_than_dense, sparse_embedding, sparse_linear, tokens_innermost
 
 quick = settings(deadline=None, max_examples=60, derandomize=True, database=None)
 
@@ -37,10 +37,10 @@ def test_a_sparse_product_is_the_dense_one(b, t, n, m, density, biased, inside, 
     x_btn = torch.randn(b, t, n, generator=generator)
     given_btm = torch.randn(b, t, m, generator=generator)
     bias_m = torch.randn(m, generator=generator).requires_grad_() if biased else None
-    matrix = Compact.of(weight_mn)
+    matrix = SparseMatrix.of(weight_mn)
     matrix.value_p.requires_grad_()
     matrix.gradient_mn = torch.zeros(m, n)
-    x_btn = (tokens_inside(x_btn) if inside else x_btn).requires_grad_()
+    x_btn = (tokens_innermost(x_btn) if inside else x_btn).requires_grad_()
     biases = [] if bias_m is None else [bias_m]
     found = sparse_linear(x_btn, matrix, bias_m)
     expected = F.linear(x_btn, weight_mn, bias_m)
@@ -59,7 +59,7 @@ def test_a_sparse_table_is_looked_up_as_a_dense_one(b: int, t: int, n: int, seed
     weight_vn = random_matrix(12, n, 0.3, seed).requires_grad_()
     tokens_bt = torch.randint(0, 12, (b, t), generator=torch.Generator().manual_seed(seed))
     given_btn = torch.randn(b, t, n, generator=torch.Generator().manual_seed(seed + 1))
-    matrix = Compact.of(weight_vn)
+    matrix = SparseMatrix.of(weight_vn)
     matrix.value_p.requires_grad_()
     matrix.gradient_mn = torch.zeros(12, n)
     found, expected = sparse_embedding(tokens_bt, matrix), F.embedding(tokens_bt, weight_vn)
@@ -71,7 +71,7 @@ def test_a_sparse_table_is_looked_up_as_a_dense_one(b: int, t: int, n: int, seed
 
 
 def test_gradients_are_those_of_finite_differences() -> None:
-    matrix = Compact.of(random_matrix(6, 5, 0.4, 0))
+    matrix = SparseMatrix.of(random_matrix(6, 5, 0.4, 0))
     matrix.value_p.requires_grad_()
     x_btn = torch.randn(2, 7, 5, generator=torch.Generator().manual_seed(1)).requires_grad_()
     towards = torch.randn(2, 7, 6, generator=torch.Generator().manual_seed(2))
@@ -94,27 +94,27 @@ def test_gradients_are_those_of_finite_differences() -> None:
 @pytest.mark.parametrize("shape", [(3, 9, 5), (1, 9, 5), (2, 100, 5), (4, 64, 1), (2, 1, 7)])
 def test_tokens_inside_is_another_storage_of_the_same(shape: tuple[int, int, int]) -> None:
     x_btn = torch.randn(shape, generator=torch.Generator().manual_seed(0))
-    inside_btn = tokens_inside(x_btn)
+    inside_btn = tokens_innermost(x_btn)
     assert torch.equal(inside_btn, x_btn)
-    assert torch.equal(tokens_inside(inside_btn), x_btn)
+    assert torch.equal(tokens_innermost(inside_btn), x_btn)
     x_btn.requires_grad_()
-    (gradient,) = torch.autograd.grad((tokens_inside(x_btn) ** 2).sum(), x_btn)
+    (gradient,) = torch.autograd.grad((tokens_innermost(x_btn) ** 2).sum(), x_btn)
     assert torch.equal(gradient, 2 * x_btn.detach())
 
 
 def test_a_pattern_lists_rows_and_columns() -> None:
     weight_mn = random_matrix(7, 4, 0.4, 3)
-    pattern = Compact.of(weight_mn).pattern
+    pattern = SparseMatrix.of(weight_mn).pattern
     assert torch.equal(pattern.index_p, weight_mn.view(-1).nonzero().flatten())
     by_columns = weight_mn.T.nonzero()
     assert torch.equal(pattern.row_p.long(), by_columns[:, 1])
     assert torch.equal(weight_mn.view(-1)[pattern.index_p][pattern.order_p], weight_mn.T[by_columns[:, 0], by_columns[:, 1]])
-    assert torch.equal(Compact.of(weight_mn).dense(), weight_mn)
+    assert torch.equal(SparseMatrix.of(weight_mn).dense(), weight_mn)
     assert Pattern.at(pattern.index_p, (7, 4)).count == 28
 
 
 def test_the_number_of_threads_changes_nothing() -> None:
-    matrix, x_btn = Compact.of(random_matrix(256, 256, 0.2, 0)), torch.randn(3, 128, 256)
+    matrix, x_btn = SparseMatrix.of(random_matrix(256, 256, 0.2, 0)), torch.randn(3, 128, 256)
     threads, results = torch.get_num_threads(), []
     try:
         for count in (1, 2, 4):
@@ -128,5 +128,5 @@ def test_the_number_of_threads_changes_nothing() -> None:
 
 
 def test_it_is_not_worth_it_where_matrices_are_small_or_full() -> None:
-    assert not worth_it(16, 16, 0.01, 1024, torch.float32)
-    assert not worth_it(256, 256, 1.0, 512, torch.float32)
+    assert not is_faster_than_dense(16, 16, 0.01, 1024, torch.float32)
+    assert not is_faster_than_dense(256, 256, 1.0, 512, torch.float32)

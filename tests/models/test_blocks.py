@@ -23,17 +23,17 @@ from bridge.models.dense import load_dense
 from bridge.models.sparse import Location, SparseTransformer
 from bridge.recipe import AttentionShape, BlockShape, SparseShape, resolve
 from bridge.training.anatomy import dissect
-from bridge.training.initialize import Started, start_from_dense
-from bridge.training.prepare import resolve_for
+from bridge.training.initialize import Initialization, start_from_dense
+from bridge.training.prepare import complete_recipe
 
 # what adds to a stream that is itself normed (post-norm), and experts, have no counterpart; their other sublayers are not held to
 UNKNOWN = ("openai-gpt", "opt-post-norm", "bloom-post-norm", "mixtral")
 
 
-def started(model: Any, **shape: Any) -> tuple[CoupledModels, Started]:
+def started(model: Any, **shape: Any) -> tuple[CoupledModels, Initialization]:
     dense = load_dense(model)
     values = {"dense": "tiny", "sparse": {"keep": 1.0, **shape}, "sparsity": {"l0": 1.0}}
-    coupling = new_coupling(dense, resolve_for(dense, resolve(values)))
+    coupling = new_coupling(dense, complete_recipe(dense, resolve(values)))
     return coupling, start_from_dense(coupling, some_tokens(8, 16, seed=3))
 
 
@@ -144,7 +144,7 @@ def test_edges_are_what_an_intervention_finds(kinds: tuple[str, ...], form: dict
     masked = masked_model(sparse)
     kept_f = some_kept(masked)
     frozen, edges = Frozen(masked, kept_f), edges_of(masked, kept_f).strongest
-    into = schema.activated(sparse.form.gated)  # before its nonlinearity: to first order behind it
+    into = schema.activated_kind(sparse.form.gated)  # before its nonlinearity: to first order behind it
     for kind in ("weight", "value", "score", *(("gate",) if sparse.form.gated else ())):
         for edge in some_edges(edges, kind, 40):
             assert edge.target.position is not None
@@ -185,7 +185,7 @@ def test_effects_of_edges_are_slopes_of_the_answer(form: dict[str, Any]) -> None
 
     for kind in ("weight", "value", "residual"):
         for edge in some_edges(edges, kind, 10):
-            if edge.target.location.kind in ("answer", schema.activated(sparse.form.gated)):
+            if edge.target.location.kind in ("answer", schema.activated_kind(sparse.form.gated)):
                 continue
             slope = (answer(edge, 1e-6) - answer(edge, -1e-6)) / 2e-6
             assert slope * edge.weight == pytest.approx(edge.effect, rel=1e-4, abs=1e-6)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from bridge.circuits.masked_model import MaskedModel
 from bridge.circuits.question import Question
-from bridge.kernels.products import Compact
+from bridge.kernels.products import SparseMatrix
 from bridge.models.circuit import (
     EMBEDDING,
     Circuit,
@@ -220,7 +220,7 @@ def loss_of(masked: MaskedModel) -> Callable[[Tensor], Tensor]:
 def single(kinds: tuple[str, ...], **shape) -> SparseTransformer:
     """The model in float32, all of its matrices by their nonzeros, as one that was loaded."""
     sparse = model(kinds, **shape).float()
-    sparse.compact = {name: Compact.of(weight) for name, weight in sparse.packable().items()}
+    sparse.compact = {name: SparseMatrix.of(weight) for name, weight in sparse.packable().items()}
     return sparse
 
 

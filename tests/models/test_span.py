@@ -19,7 +19,7 @@ from bridge.models.residual import EMBEDDING, Enter
 from bridge.models.span import DenseSpan, SparseSpan, dense_of
 from bridge.recipe import RecipeError, resolve
 from bridge.training.initialize import start_from_dense
-from bridge.training.prepare import resolve_for
+from bridge.training.prepare import complete_recipe
 
 FAMILIES = ("gpt2", "llama", "gpt-neox-parallel")
 
@@ -28,7 +28,7 @@ def spliced(family: str, blocks: str, **sparse: Any) -> CoupledModels:
     """A coupling of some blocks of a tiny model that starts as these are, every weight and every value kept."""
     dense = dense_of(load_dense(tiny(family), tokenizer=tiny_tokenizer()), blocks)
     values = {"dense": "tiny", "sparse": {"blocks": blocks, "keep": 1.0, "sinks": False, **sparse}, "sparsity": {"l0": 1.0}}
-    coupling = new_coupling(dense, resolve_for(dense, resolve(values)))
+    coupling = new_coupling(dense, complete_recipe(dense, resolve(values)))
     start_from_dense(coupling, some_tokens(6))
     return coupling
 
@@ -52,10 +52,10 @@ def test_a_dense_span_is_the_model_itself(family: str) -> None:
     wanted, plain = whole.run(tokens_bt), part.run(tokens_bt)
     torch.testing.assert_close(plain.logits_btv, model(tokens_bt).logits, rtol=0, atol=1e-5)
     for site in range(part.n_sites):
-        torch.testing.assert_close(plain.residuals[site], wanted.residuals[part.offset + site], rtol=0, atol=1e-5)
+        torch.testing.assert_close(plain.residuals[site], wanted.residuals[part.first_site + site], rtol=0, atol=1e-5)
         resumed = part.run(some_tokens(seed=2), Enter.at(site, plain.residuals[site]))
         torch.testing.assert_close(resumed.logits_btv, model(tokens_bt).logits, rtol=0, atol=1e-4)
-    mixed = part.run(tokens_bt, Enter(torch.tensor([EMBEDDING, 1, 0, EMBEDDING]), wanted.residuals[part.offset + 1]))
+    mixed = part.run(tokens_bt, Enter(torch.tensor([EMBEDDING, 1, 0, EMBEDDING]), wanted.residuals[part.first_site + 1]))
     torch.testing.assert_close(mixed.logits_btv[[0, 1, 3]], model(tokens_bt).logits[[0, 1, 3]], rtol=0, atol=1e-4)
 
 
@@ -82,7 +82,7 @@ def test_a_span_of_all_blocks_has_the_blocks_of_a_whole_coupling() -> None:
     part = spliced("llama", "0:3")
     dense = load_dense(tiny("llama"))
     recipe = resolve({"dense": "tiny", "sparse": {"keep": 1.0, "bigram": "none", "sinks": False}, "sparsity": {"l0": 1.0}})
-    whole = new_coupling(dense, resolve_for(dense, recipe))
+    whole = new_coupling(dense, complete_recipe(dense, recipe))
     start_from_dense(whole, some_tokens(6))
     assert part.sparse.locations() == whole.sparse.locations() and part.dense.sublayers == whole.dense.sublayers
     for ours, theirs in ((part.sparse, whole.sparse), (part.dense, whole.dense)):
@@ -148,7 +148,7 @@ def test_what_is_frozen_is_run_once(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(span_module, "REMEMBERED", 3 * 2 * 10 * 32 * 4)  # three rows of ten tokens, twice
     part.prefix(some_tokens(2, seed=4))
-    assert len(part._remembered) == 3
+    assert len(part._row_cache) == 3
     model.model.layers[0].mlp.down_proj.weight.mul_(2)  # it shares its weights with a live model, which may change
     torch.testing.assert_close(part.run(tokens_bt).logits_btv, model(tokens_bt).logits, rtol=0, atol=1e-5)
 
@@ -159,7 +159,7 @@ def test_saved_and_loaded_it_is_the_same(tmp_path: Path) -> None:
     dense = dense_of(load_dense(tmp_path / "dense"), "-3:-1")
     assert isinstance(dense, DenseSpan)
     values = {"dense": "tiny", "sparse": {"blocks": "-3:-1"}, "sparsity": {"l0": 0.5}}
-    coupling = moved(new_coupling(dense, resolve_for(dense, resolve(values))))
+    coupling = moved(new_coupling(dense, complete_recipe(dense, resolve(values))))
     assert coupling.blocks == "1:3" and coupling.recipe.sparse.positions == "none"
     coupling.save_pretrained(tmp_path / "coupling")
     loaded = CoupledModels.from_pretrained(tmp_path / "coupling")

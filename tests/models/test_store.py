@@ -15,9 +15,9 @@ from torch import Tensor
 from bridge.models import store as checkpoint
 from bridge.models.store import (
     CheckpointError,
-    check_folder,
-    check_new,
-    check_target,
+    check_new_folder,
+    check_writable_file,
+    check_writable_folder,
     pack_nonzeros,
     read_folder,
     unpack_nonzeros,
@@ -216,7 +216,7 @@ def test_a_folder_is_no_file_to_write(tmp_path: Path, path: str, monkeypatch: py
     with pytest.raises(CheckpointError, match="is a folder; name a file$"):
         write_text(Path(path), "x")
     with pytest.raises(CheckpointError, match=r"^json='.+' cannot be written; name a file in a folder that exists and is writab"):
-        check_target(path, "json")
+        check_writable_file(path, "json")
     assert [each.name for each in tmp_path.iterdir()] == ["folder"]
 
 
@@ -226,7 +226,7 @@ def test_an_error_of_writing_names_the_path_that_was_given(tmp_path: Path) -> No
             write_text(path, "x")
         assert caught.value.filename == str(path) and ".writing'" not in str(caught.value)
         with pytest.raises(CheckpointError, match="cannot be written; name a file in a folder that exists"):
-            check_target(path, "json")
+            check_writable_file(path, "json")
     assert not list(tmp_path.iterdir())
 
 
@@ -241,7 +241,7 @@ def test_a_link_gives_way_and_what_it_leads_to_stays(tmp_path: Path) -> None:
     (tmp_path / "there").mkdir()
     (tmp_path / "there" / "file").write_text("shared")
     (tmp_path / "link").symlink_to("there/file")
-    assert check_target(tmp_path / "link", "--json") == tmp_path / "link"
+    assert check_writable_file(tmp_path / "link", "--json") == tmp_path / "link"
     write_text(tmp_path / "link", "own")
     assert not (tmp_path / "link").is_symlink() and (tmp_path / "link").read_text() == "own"
     assert (tmp_path / "there" / "file").read_text() == "shared"
@@ -249,7 +249,7 @@ def test_a_link_gives_way_and_what_it_leads_to_stays(tmp_path: Path) -> None:
 
 def test_a_pipe_and_a_device_are_written_to_and_stay(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe")
-    check_target(tmp_path / "pipe", "--json")
+    check_writable_file(tmp_path / "pipe", "--json")
     reader = os.open(tmp_path / "pipe", os.O_RDONLY | os.O_NONBLOCK)
     try:
         write_text(tmp_path / "pipe", "through it")
@@ -258,7 +258,7 @@ def test_a_pipe_and_a_device_are_written_to_and_stay(tmp_path: Path) -> None:
         os.close(reader)
     assert stat.S_ISFIFO((tmp_path / "pipe").stat().st_mode)
     (tmp_path / "null").symlink_to("/dev/null")
-    check_target(tmp_path / "null", "--json")
+    check_writable_file(tmp_path / "null", "--json")
     write_text(tmp_path / "null", "nowhere")
     assert stat.S_ISCHR(Path("/dev/null").stat().st_mode) and (tmp_path / "null").is_symlink()
     assert sorted(each.name for each in tmp_path.iterdir()) == ["null", "pipe"]
@@ -278,12 +278,12 @@ def test_check_folder_wants_a_folder_that_can_be_made_or_written_to(tmp_path: Pa
     (tmp_path / "file").write_text("")
     (tmp_path / "lost").symlink_to("nowhere")
     for good in (tmp_path, tmp_path / "new" / "deeper"):
-        assert check_folder(good) == good
+        assert check_writable_folder(good) == good
     for bad in (tmp_path / "file", tmp_path / "file" / "inside", tmp_path / "lost", tmp_path / "lost" / "inside"):
         with pytest.raises(CheckpointError, match=r"^out='.*' cannot be created: '.*' is not a writable folder; name another"):
-            check_folder(bad)
+            check_writable_folder(bad)
     with pytest.raises(CheckpointError, match="^against='"):
-        check_folder(tmp_path / "file", "against")
+        check_writable_folder(tmp_path / "file", "against")
     assert not (tmp_path / "new").exists()
 
 
@@ -291,13 +291,13 @@ def test_check_new_wants_a_place_for_a_new_folder(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     file = tmp_path / "file"
     file.write_text("")
-    assert check_new(tmp_path / "new" / "deeper") == tmp_path / "new" / "deeper"
-    assert check_new(tmp_path / "empty") == tmp_path / "empty"
+    assert check_new_folder(tmp_path / "new" / "deeper") == tmp_path / "new" / "deeper"
+    assert check_new_folder(tmp_path / "empty") == tmp_path / "empty"
     for taken in (tmp_path, file):
         with pytest.raises(CheckpointError, match=r"exists and is not empty; name a new folder, or give resume="):
-            check_new(taken)
+            check_new_folder(taken)
     with pytest.raises(CheckpointError, match="cannot be created"):
-        check_new(file / "inside")
+        check_new_folder(file / "inside")
     assert not (tmp_path / "new").exists()
 
 

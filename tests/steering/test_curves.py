@@ -19,7 +19,7 @@ from bridge.huggingface.prompts import PromptError
 from bridge.models.bridges import CoupledModels
 from bridge.models.dense import DenseModel
 from bridge.nodes.statistics import NodeError
-from bridge.steering.curves import Steering, random_like, steer
+from bridge.steering.curves import Steering, random_directions, steer
 from bridge.steering.figure import figure_of, panels_of, render_steering, steering_plot
 from bridge.steering.interventions import Steerer, SteerError, parse_intervention, run_patched
 from tests.conftest import CONTEXT, untrained
@@ -63,7 +63,7 @@ def test_each_strength_adds_that_much_of_the_change(coupled: CoupledModels, stee
     tokens_t, sizes = tokens(coupled, PROMPT), coupled.sparse.locations()
     plain = coupled.dense.run(tokens_t[None])
     chosen = [parse_intervention(text, sizes) for text in CHANGES]
-    changes = Steerer(coupled, tokens_t, chosen, tokens(coupled, OTHER)).changes(tokens_t[None])
+    changes = Steerer(coupled, tokens_t, chosen, tokens(coupled, OTHER)).residual_changes(tokens_t[None])
     assert steered.sites == tuple(changes) == (1, 2, 3) and not steered.at_once
     for each in steered.curve[1:]:
         added = {site: each.strength * change for site, change in changes.items()}
@@ -92,7 +92,7 @@ def test_target_and_contrast_are_the_answers_to_both_prompts(coupled: CoupledMod
 
 def test_random_directions_are_as_long_at_every_position() -> None:
     change_td = torch.randn(5, 16) * torch.tensor([0.0, 1, 2, 3, 4])[:, None]
-    drawn_rtd = random_like(change_td, 30, torch.Generator().manual_seed(0))
+    drawn_rtd = random_directions(change_td, 30, torch.Generator().manual_seed(0))
     torch.testing.assert_close(drawn_rtd.norm(dim=-1), change_td.norm(dim=-1).expand(30, -1))
     cosine_rt = torch.nn.functional.cosine_similarity(drawn_rtd[:, 1:], change_td[None, 1:], dim=-1)
     assert cosine_rt.abs().max() < 0.95 and abs(float(cosine_rt.mean())) < 0.1
@@ -104,10 +104,10 @@ def test_random_directions_are_carried_like_the_change(coupled: CoupledModels) -
     steering = steer(coupled, PROMPT, ["0.mlp_act[3]=9"], strengths=(0.3, 1), draws=3, seed=4, tokens=0)
     tokens_t = tokens(coupled, PROMPT)
     plain = coupled.dense.run(tokens_t[None])
-    change = Steerer(coupled, tokens_t, [parse_intervention("0.mlp_act[3]=9", coupled.sparse.locations())]).changes(
+    change = Steerer(coupled, tokens_t, [parse_intervention("0.mlp_act[3]=9", coupled.sparse.locations())]).residual_changes(
         tokens_t[None]
     )
-    drawn_rtd = random_like(change[2][0], 3, torch.Generator().manual_seed(4))
+    drawn_rtd = random_directions(change[2][0], 3, torch.Generator().manual_seed(4))
     for beside in steering.beside[1:]:
         found = [
             float(

@@ -20,8 +20,8 @@ from bridge.steering.interventions import (
     Intervention,
     Steerer,
     SteerError,
-    chosen_interventions,
-    every_node,
+    collect_interventions,
+    intervene_on_every_node,
     parse_intervention,
     run_patched,
 )
@@ -98,7 +98,7 @@ def test_nodes_get_the_values_they_are_told(coupled: CoupledModels) -> None:
         "0.mlp_act[3]@2=4", "0.v[5]", "1.q[1]@4+2", "0.mlp_act[3]=1", "0.mlp_act[9]=7", "0.mlp_act[9]=8", coupling=coupled
     )
     plain, other = recorded(coupled, TOKENS_T), recorded(coupled, OTHER_T)
-    count, changed = Steerer(coupled, TOKENS_T, chosen, OTHER_T).changed()
+    count, changed = Steerer(coupled, TOKENS_T, chosen, OTHER_T).changed_nodes()
     found = {(each.node, each.position): (each.before, each.after) for each in changed}
     expected: dict[tuple[str, int], float] = {("L0.mlp_act[3]", p): 4.0 if p == 2 else 1.0 for p in range(6)}
     expected |= {("L0.mlp_act[9]", p): 8.0 for p in range(6)}  # the later one
@@ -130,13 +130,13 @@ def test_every_node_on_the_counterfactual_is_the_hand_written_transport(coupled:
     held = {name: x_tn[None] for name, x_tn in recorded(coupled, OTHER_T).items()}
     changed, plain = literal(coupled, held), coupled.sparse.run(TOKENS_T[None]).residuals
     dense, tokens_1t = coupled.dense, TOKENS_T[None]
-    whole = every_node(coupled.sparse.locations())
+    whole = intervene_on_every_node(coupled.sparse.locations())
     for site in (1, 3, coupled.n_sites - 1):
         h_1td = dense.run(tokens_1t).residuals[site]
         bridge = coupled.bridges[site]
         h_1td = h_1td + bridge.decode(changed[site]) - bridge.decode(plain[site])
         expected = dense.run(tokens_1t, Enter.at(site, h_1td)).logits_btv
-        added = Steerer(coupled, TOKENS_T, whole, OTHER_T, site=site).changes(tokens_1t)
+        added = Steerer(coupled, TOKENS_T, whole, OTHER_T, site=site).residual_changes(tokens_1t)
         assert list(added) == [site]
         actual = run_patched(coupled, tokens_1t, dense.run(tokens_1t), added).logits_btv
         torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
@@ -148,7 +148,7 @@ def test_every_node_on_the_counterfactual_is_the_hand_written_transport(coupled:
         trace = dense.run(tokens_1t, Enter.at(site, h_1td))
     steerer = Steerer(coupled, TOKENS_T, whole, OTHER_T)
     assert steerer.sites == tuple(range(1, coupled.n_sites))
-    actual = run_patched(coupled, tokens_1t, dense.run(tokens_1t), steerer.changes(tokens_1t)).logits_btv
+    actual = run_patched(coupled, tokens_1t, dense.run(tokens_1t), steerer.residual_changes(tokens_1t)).logits_btv
     torch.testing.assert_close(actual, trace.logits_btv, rtol=1e-4, atol=1e-4)
 
 
@@ -173,7 +173,9 @@ def test_where_the_dense_model_is_the_sparse_one_it_is_exact(itself: CoupledMode
     tokens_1t = TOKENS_T[None]
     expected = itself.sparse.run(tokens_1t, gate=gate).logits_btv
     plain = itself.dense.run(tokens_1t)
-    actual = run_patched(itself, tokens_1t, plain, Steerer(itself, TOKENS_T, chosen, OTHER_T, site=site).changes(tokens_1t))
+    actual = run_patched(
+        itself, tokens_1t, plain, Steerer(itself, TOKENS_T, chosen, OTHER_T, site=site).residual_changes(tokens_1t)
+    )
     torch.testing.assert_close(actual.logits_btv, expected, rtol=1e-4, atol=1e-4)
     assert (expected - plain.logits_btv).abs().max() > 1e-2
 
@@ -181,7 +183,7 @@ def test_where_the_dense_model_is_the_sparse_one_it_is_exact(itself: CoupledMode
 @torch.no_grad()
 def test_nodes_of_one_sublayer_are_carried_alike_either_way(coupled: CoupledModels) -> None:
     chosen = interventions("0.mlp_act[3]=4", "0.mlp_in[2]@1+3", coupling=coupled)
-    own, at_once = (Steerer(coupled, TOKENS_T, chosen, site=site).changes(TOKENS_T[None]) for site in (None, 2))
+    own, at_once = (Steerer(coupled, TOKENS_T, chosen, site=site).residual_changes(TOKENS_T[None]) for site in (None, 2))
     assert list(own) == list(at_once) == [2]
     torch.testing.assert_close(own[2], at_once[2], rtol=1e-4, atol=1e-5)
 
@@ -196,10 +198,10 @@ def test_it_lasts_over_text_behind_the_prompt(coupled: CoupledModels) -> None:
         (["0.mlp_act[3]@5=4"], False),
     ):
         steerer = Steerer(coupled, TOKENS_T, interventions(*texts, coupling=coupled), OTHER_T)
-        short, long = steerer.changes(TOKENS_T[None])[2], steerer.changes(longer_1t)[2]
+        short, long = steerer.residual_changes(TOKENS_T[None])[2], steerer.residual_changes(longer_1t)[2]
         torch.testing.assert_close(long[:, :6], short, rtol=1e-4, atol=1e-5)  # no step alters an earlier one
         assert bool((long[0, 6:].norm(dim=-1) > 1e-4).all()) == lasts, texts
-    keys = Steerer(coupled, TOKENS_T, interventions("0.v[5]@1=9", coupling=coupled)).changes(longer_1t)[1]
+    keys = Steerer(coupled, TOKENS_T, interventions("0.v[5]@1=9", coupling=coupled)).residual_changes(longer_1t)[1]
     assert (keys[0, 6:].norm(dim=-1) > 1e-5).any()  # by attention to what was changed
 
 
@@ -218,7 +220,7 @@ def test_generation(coupled: CoupledModels) -> None:
     written_t = steerer.generate(1.0, 6)
     assert written_t.tolist() != greedy_t[6:].tolist()
     text_1t = torch.cat([TOKENS_T, written_t])[None]  # one pass over the whole text says the same as each step did
-    trace = run_patched(coupled, text_1t, dense.run(text_1t), steerer.changes(text_1t))
+    trace = run_patched(coupled, text_1t, dense.run(text_1t), steerer.residual_changes(text_1t))
     assert trace.logits_btv[0, 5:-1].argmax(-1).tolist() == written_t.tolist()
     assert len(steerer.generate(1.0, 100)) == CONTEXT - 6  # and no further than the context
 
@@ -244,6 +246,6 @@ def test_what_cannot_be_steered_is_one_line(coupled: CoupledModels) -> None:
     with pytest.raises(SteerError, match="cannot be both set and changed"):
         Intervention(Node(Location(0, "v"), 1), value=1.0, amount=1.0)
     with pytest.raises(SteerError, match="the prompt is missing; give prompt="):
-        chosen_interventions(coupled, None, [], None, None)
+        collect_interventions(coupled, None, [], None, None)
     with pytest.raises(ExplainError, match="there is no file 'nowhere.json'; name one that"):
-        chosen_interventions(coupled, "w3", [], None, Path("nowhere.json"))
+        collect_interventions(coupled, "w3", [], None, Path("nowhere.json"))

@@ -13,7 +13,7 @@ from bridge.models.bridges import CoupledModels, new_coupling
 from bridge.models.dense import DenseModel, load_dense
 from bridge.models.sparse import SparseTransformer
 from bridge.recipe import resolve
-from bridge.training.prepare import resolve_for
+from bridge.training.prepare import complete_recipe
 
 VOCABULARY = 40
 
@@ -53,7 +53,7 @@ def untrained(dense: DenseModel, **parts: dict) -> CoupledModels:
     """An untrained coupling of width 32 to a dense model, every parameter moved off its initial zero."""
     shape = {"width": 32, "head_channels": 16, "positions": "learned", "keep": 0.25}
     values = {"dense": "tiny", "sparse": shape, "sparsity": {"l0": 0.25}, "data": {"rows": 4}}
-    recipe = resolve_for(dense, resolve({**values, **parts}))
+    recipe = complete_recipe(dense, resolve({**values, **parts}))
     coupling = new_coupling(dense, recipe)
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():

@@ -18,7 +18,7 @@ from bridge.models.dense import load_dense
 from bridge.models.span import dense_of
 from bridge.recipe import resolve
 from bridge.training.initialize import start_from_dense
-from bridge.training.prepare import resolve_for
+from bridge.training.prepare import complete_recipe
 
 BLOCKS = "1:2"
 
@@ -38,7 +38,7 @@ def span_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "dense": "tiny", "sparse": {"blocks": BLOCKS, "width": 16, "keep": 1.0, "sinks": False}, "sparsity": {"l0": 0.95},
         "data": {"context": CONTEXT, "rows": 4, "source": str(text_of(folder))},
     }  # fmt: skip
-    coupling = new_coupling(dense, resolve_for(dense, resolve(values)))
+    coupling = new_coupling(dense, complete_recipe(dense, resolve(values)))
     reference_bt = torch.randint(2, VOCABULARY, (16, CONTEXT), generator=torch.Generator().manual_seed(5))
     start_from_dense(coupling, reference_bt)
     coupling.sparse.project(0.95)

@@ -22,7 +22,7 @@ from bridge.models.residual import Enter
 from bridge.models.sparse import Location
 from bridge.recipe import resolve
 from bridge.training import copy_dense, initialize
-from bridge.training.prepare import resolve_for
+from bridge.training.prepare import complete_recipe
 
 
 def corpus() -> Tensor:
@@ -36,7 +36,7 @@ def copied(dense: DenseModel | None = None) -> CoupledModels:
         "dense": "tiny", "sparse": {"width": 64, "head_channels": 8, "positions": "learned"}, "sparsity": {"l0": 0.25},
         "data": {"context": CONTEXT},
     }  # fmt: skip
-    coupling = new_coupling(dense, resolve_for(dense, resolve(values)))
+    coupling = new_coupling(dense, complete_recipe(dense, resolve(values)))
     with pytest.MonkeyPatch.context() as patch:  # so that the copy is exact
         patch.setattr(copy_dense, "SMALL", 0.0)
         patch.setattr(copy_dense, "SINKS", ())

@@ -15,7 +15,7 @@ from support.models import tiny_gpt2, tiny_tokenizer
 import bridge
 from bridge.models.bridges import CoupledModels
 from bridge.models.dense import load_dense
-from bridge.training.adapt import SHARE, prepare_adapted
+from bridge.training.adapt import BUDGET_DIVISOR, prepare_adapted
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +34,7 @@ def test_it_starts_as_the_base_and_takes_a_twentieth(folder: Path) -> None:
         for name, tensor in theirs.state_dict().items():
             torch.testing.assert_close(mine.state_dict()[name], tensor, rtol=0, atol=0)
     recipe = prepared.coupling.recipe
-    assert recipe.budget.tokens == 6400 // SHARE and recipe.budget.minutes is None
+    assert recipe.budget.tokens == 6400 // BUDGET_DIVISOR and recipe.budget.minutes is None
     assert (recipe.sparsity.l0, recipe.data, recipe.losses) == (base.recipe.sparsity.l0, base.recipe.data, base.recipe.losses)
     tuned = load_dense(folder / "dense", adapter=folder / "adapter")
     assert prepared.coupling.dense.fingerprint() == tuned.fingerprint() != base.dense.fingerprint()

@@ -23,12 +23,12 @@ from transformers import (
 
 from bridge.models.bridges import CoupledModels, new_coupling
 from bridge.models.dense import load_dense
-from bridge.recipe import BRIDGED, recipe_values, resolve
+from bridge.recipe import BRIDGE_LOSSES, recipe_values, resolve
 from bridge.training import copy_dense
 from bridge.training import initialize as start
-from bridge.training.initialize import Started, start_from_dense
+from bridge.training.initialize import Initialization, start_from_dense
 from bridge.training.loop import finish, train
-from bridge.training.prepare import prepare, resolve_for
+from bridge.training.prepare import complete_recipe, prepare
 
 WIDTH = 16  # of every dense model here
 
@@ -53,7 +53,7 @@ def shaken(model: PreTrainedModel) -> PreTrainedModel:
     return model.eval()
 
 
-def started(model: PreTrainedModel, **shape: Any) -> tuple[CoupledModels, Started]:
+def started(model: PreTrainedModel, **shape: Any) -> tuple[CoupledModels, Initialization]:
     dense = load_dense(model)
     values = {
         "dense": "tiny",
@@ -61,7 +61,7 @@ def started(model: PreTrainedModel, **shape: Any) -> tuple[CoupledModels, Starte
         "sparsity": {"l0": 0.25},
         "data": {"context": CONTEXT},
     }
-    coupling = new_coupling(dense, resolve_for(dense, resolve(values)))
+    coupling = new_coupling(dense, complete_recipe(dense, resolve(values)))
     return coupling, start_from_dense(coupling, tokens())
 
 
@@ -177,7 +177,7 @@ def test_a_sublayer_that_is_not_verified_is_left_as_it_was() -> None:
     dense = load_dense(llama())
     shape = {"width": 4 * WIDTH, "head_channels": 8, "mlp": "plain"}
     values = {"dense": "tiny", "sparse": shape, "sparsity": {"l0": 0.25}, "data": {"context": CONTEXT}}
-    recipe = resolve_for(dense, resolve(values))
+    recipe = complete_recipe(dense, resolve(values))
     coupling, untouched = new_coupling(dense, recipe), new_coupling(dense, recipe)
     what = start_from_dense(coupling, tokens())
     untouched_block = dict(untouched.sparse.blocks[0].named_parameters())
@@ -219,13 +219,13 @@ def test_the_recipe_chooses_and_the_calibration_is_not_taken_twice(text_file: Pa
         return prepare(tiny_gpt2(), values, tokenizer=tiny_tokenizer(), device="cpu")
 
     run = fresh()
-    assert isinstance(run.started, Started) and run.started.embedding
+    assert isinstance(run.started, Initialization) and run.started.embedding
     scales = [run.coupling.bridges[site].scale.item() for site in range(run.coupling.n_sites)]
     reports = list(train(run))
     assert scales == [run.coupling.bridges[site].scale.item() for site in range(run.coupling.n_sites)]
     assert reports[0].losses["kl"] < 1
     assert fresh(**{"sparse.start": "random"}).started is None
-    assert fresh(**{f"losses.{name}": 0 for name in BRIDGED}).started is None
+    assert fresh(**{f"losses.{name}": 0 for name in BRIDGE_LOSSES}).started is None
 
 
 def test_a_run_that_goes_on_does_not_start_again(text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -25,12 +25,12 @@ from bridge.models.dense import DenseModelError
 from bridge.models.residual import Enter
 from bridge.models.store import CheckpointError, read_folder
 from bridge.nodes.statistics import sparse_fingerprint
-from bridge.recipe import BRIDGED, Losses, RecipeError, recipe_values
+from bridge.recipe import BRIDGE_LOSSES, Losses, RecipeError, recipe_values
 from bridge.training import loop as training
 from bridge.training.loop import FitError, FitStopped, Progress, finish, train
 from bridge.training.objective import Objective, draw_splice
 from bridge.training.prepare import PROCESS_BYTES, memory_needed, prepare
-from bridge.training.refit import AnswerContrast, gradients
+from bridge.training.refit import AnswerContrast, residual_gradients
 
 ROWS, STEPS = 4, 10
 TOKENS = ROWS * CONTEXT * STEPS
@@ -169,7 +169,7 @@ def test_bridges_learn_alone(dense_folder: Path, text_file: Path, tmp_path: Path
     for name, weight in first.sparse.named_parameters():
         assert torch.equal(weight, coupling.sparse.get_parameter(name)), name
     assert sparse_fingerprint(coupling.sparse) == sparse_fingerprint(first.sparse)
-    assert {name for name in reports[0].losses} == {"total", *BRIDGED}
+    assert {name for name in reports[0].losses} == {"total", *BRIDGE_LOSSES}
     for name, most in (("nmse_decoder", 0.9), ("carried", 0.97)):
         early, late = (sum(report.losses[name] for report in part) for part in (reports[:10], reports[-10:]))
         assert late < most * early, name
@@ -184,9 +184,9 @@ def test_a_fit_ends_with_decoders_refitted(dense_folder: Path, text_file: Path) 
     for name, one in without.sparse.named_parameters():
         assert torch.equal(one, with_it.sparse.get_parameter(name)), name
     assert with_it.reference_bt is not None
-    asked = AnswerContrast.drawn(with_it.dense.run(with_it.reference_bt).logits_btv, torch.Generator().manual_seed(0))
-    gradient_h, _ = gradients(with_it.dense, with_it.reference_bt, asked)
-    gradient_x, _ = gradients(with_it.sparse, with_it.reference_bt, asked)
+    asked = AnswerContrast.draw(with_it.dense.run(with_it.reference_bt).logits_btv, torch.Generator().manual_seed(0))
+    gradient_h, _ = residual_gradients(with_it.dense, with_it.reference_bt, asked)
+    gradient_x, _ = residual_gradients(with_it.sparse, with_it.reference_bt, asked)
 
     def agreement(of: CoupledModels) -> float:
         cosines = [

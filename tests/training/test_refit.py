@@ -14,13 +14,13 @@ from support.models import CONTEXT, VOCABULARY
 
 from bridge.models.bridges import CoupledModels
 from bridge.models.residual import Enter
-from bridge.training.refit import FLOOR, KEEP, RIDGE, AnswerContrast, gradients, refit_decoders
+from bridge.training.refit import FLOOR, KEEP, RIDGE, AnswerContrast, refit_decoders, residual_gradients
 
 TOKENS_BT = torch.randint(0, VOCABULARY, (6, CONTEXT), generator=torch.Generator().manual_seed(11))
 
 
 def question(coupling: CoupledModels, tokens_bt: torch.Tensor) -> AnswerContrast:
-    return AnswerContrast.drawn(coupling.dense.run(tokens_bt).logits_btv, torch.Generator().manual_seed(0))
+    return AnswerContrast.draw(coupling.dense.run(tokens_bt).logits_btv, torch.Generator().manual_seed(0))
 
 
 def refitted(coupling: CoupledModels, weight: float, worst: float = math.inf) -> CoupledModels:
@@ -36,7 +36,7 @@ def test_gradients_are_those_of_entering_at_the_site(coupling: CoupledModels, wh
     """By a run of its own from every site, and by a finite difference there."""
     model = coupling.dense if which == "dense" else coupling.sparse
     asked = question(coupling, TOKENS_BT)
-    found, residuals = gradients(model, TOKENS_BT, asked)
+    found, residuals = residual_gradients(model, TOKENS_BT, asked)
     for site in range(coupling.n_sites):
         x_btd = residuals[site].clone().requires_grad_(True)
         asked.difference(model.run(TOKENS_BT, Enter.at(site, x_btd)).logits_btv).backward()
@@ -70,10 +70,10 @@ def literal(coupling: CoupledModels, site: int, weight: float, start_ds: torch.T
     """The objective at a site for a linear part w_ds, from lists of tokens."""
     generator = torch.Generator().manual_seed(0)
     parts = [
-        (tokens_bt, AnswerContrast.drawn(coupling.dense.run(tokens_bt).logits_btv, generator)) for tokens_bt in TOKENS_BT.split(8)
+        (tokens_bt, AnswerContrast.draw(coupling.dense.run(tokens_bt).logits_btv, generator)) for tokens_bt in TOKENS_BT.split(8)
     ]
-    dense = [gradients(coupling.dense, *part) for part in parts]
-    sparse = [gradients(coupling.sparse, *part) for part in parts]
+    dense = [residual_gradients(coupling.dense, *part) for part in parts]
+    sparse = [residual_gradients(coupling.sparse, *part) for part in parts]
     g_nd = torch.cat([some[site] for some, _ in dense]).flatten(0, 1).double()
     g_ns = torch.cat([some[site] for some, _ in sparse]).flatten(0, 1).double()
     x_ns = torch.cat([x[site] for _, x in sparse]).flatten(0, 1).double()

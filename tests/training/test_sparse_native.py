@@ -33,14 +33,14 @@ def one_step(coupling: CoupledModels, optimizer: SharkfinAdamW, *, masked: bool)
         for name, weight in weights.items():
             assert weight.grad is not None
             weight.grad[zeros[name]] = 0
-        group, *rest = optimizer.normalised  # the mean square is over what lives
+        group, *rest = optimizer.normalised_groups  # the mean square is over what lives
         live = sum(int((~zero).sum()) for zero in zeros.values()) + sum(
             p.numel() for p in group if all(p is not weight for weight in weights.values())
         )
         scale = (sum(p.numel() for p in group) / live) ** 0.5
         for p in group:
             assert p.grad is not None
-        optimizer.normalised = rest
+        optimizer.normalised_groups = rest
         norm = torch.stack([p.grad.square().sum() for p in group if p.grad is not None]).sum().sqrt()
         for p in group:
             assert p.grad is not None
@@ -50,7 +50,7 @@ def one_step(coupling: CoupledModels, optimizer: SharkfinAdamW, *, masked: bool)
         with torch.no_grad():
             for name, weight in weights.items():
                 weight[zeros[name]] = 0
-        optimizer.normalised = [group, *rest]
+        optimizer.normalised_groups = [group, *rest]
 
 
 def test_a_step_on_the_nonzeros_is_the_dense_step_with_the_zeros_left_out(coupling: CoupledModels) -> None:
@@ -61,7 +61,7 @@ def test_a_step_on_the_nonzeros_is_the_dense_step_with_the_zeros_left_out(coupli
     other = copy.deepcopy(coupling)
     reference, by_nonzeros = SharkfinAdamW(coupling), SharkfinAdamW(other)
     for name in list(other.sparse.packable()):
-        by_nonzeros.exchange(name, other)
+        by_nonzeros.pack_matrix(name, other)
     for _ in range(3):
         one_step(coupling, reference, masked=True)
         one_step(other, by_nonzeros, masked=False)
@@ -92,7 +92,7 @@ def test_the_mask_drops_the_smallest_and_grows_the_steepest(coupling: CoupledMod
     sparse.project(FRACTION)
     weight_mn = sparse.get_parameter(name).detach().clone()
     native.pack(sparse, name)
-    native.look(sparse)
+    native.collect_gradients(sparse)
     matrix = sparse.compact[name]
     assert matrix.gradient_mn is not None
     gradient_mn = torch.randn(weight_mn.shape, generator=torch.Generator().manual_seed(0))
@@ -119,7 +119,7 @@ def test_what_min_per_neuron_protects_is_not_dropped(coupling: CoupledModels) ->
     sparse.project(FRACTION, min_per_neuron=2)
     native.pack(sparse, name)
     for _ in range(5):
-        native.look(sparse)
+        native.collect_gradients(sparse)
         matrix = sparse.compact[name]
         assert matrix.gradient_mn is not None
         matrix.gradient_mn.normal_()
@@ -144,10 +144,10 @@ def weights_of(coupling: CoupledModels) -> dict[str, torch.nn.Parameter]:
 def test_a_native_fit_ends_at_its_l0_with_masks_that_moved(dense_folder: Path, text_file: Path) -> None:
     run = prepare(dense_folder, values(text_file))
     progress = list(train(run))[-1]
-    assert native.packed(run.coupling.sparse)
-    places = {name: run.coupling.sparse.compact[name].pattern.count for name in native.packed(run.coupling.sparse)}
+    assert native.packed_names(run.coupling.sparse)
+    places = {name: run.coupling.sparse.compact[name].pattern.count for name in native.packed_names(run.coupling.sparse)}
     coupling = finish(run)
-    assert not native.packed(coupling.sparse) and places
+    assert not native.packed_names(coupling.sparse) and places
     assert progress.l0 == pytest.approx(0.1, rel=0.05) and coupling.sparse.achieved_l0() == pytest.approx(progress.l0, rel=0.02)
     still = finish(_trained(prepare(dense_folder, values(text_file, **{"sparsity.move": 0.0}))))
     name = "blocks.0.up.weight"
