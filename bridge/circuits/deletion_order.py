@@ -1,8 +1,8 @@
 """Order in which nodes can leave a circuit: each step deletes the node whose deletion leaves the circuit's terms smallest.
 
 The terms are those of a descent (`CircuitLoss.descent_terms`): squared misses of the circuit alone and in its supersets, and of
-what is left of the span when it is deleted. Deleting node k changes a miss x_r to about x_r - g_rk, where g_rk is the gradient of x_r
-with respect to the node's mask, and the changes of several nodes add up. One gradient of every miss therefore predicts each
+what is left of the span when it is deleted. Deleting node k changes a miss x_r to about x_r - g_rk, where g_rk is the gradient of
+x_r with respect to the node's mask, and the changes of several nodes add up. One gradient of every miss therefore predicts each
 deletion after those before it, and nodes whose effects cancel in all supersets can leave together. Measuring each node's deletion
 alone, in every superset, gives circuits no smaller and takes several times as long.
 

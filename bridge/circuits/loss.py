@@ -151,7 +151,7 @@ class CircuitLoss(Generic[M]):
         return self.miss(logits_rv, row_r) / level.allowed_miss
 
     def prompt_miss(self, logits_rv: Tensor, row_r: Tensor, level: Level) -> Tensor:
-        """Return `relative_miss`; with several prompts divided by the wider bound of a single one, since that is for their mean."""
+        """Return `relative_miss`; with several prompts divided by a single one's wider bound, since it is for their mean."""
         return self.relative_miss(logits_rv, level, row_r) / self._prompt_bound(level)
 
     def prompt_penalty(self, logits_rv: Tensor, row_r: Tensor, level: Level) -> Tensor:

@@ -9,7 +9,7 @@ whole vectors of tokens. The sums of 128 tokens stay in registers during the loo
 of n x 128 floats stays in the caches. Short rows are laid end to end (storage n b t), so that the vectors are full.
 
 Only the CPU has these kernels. On other devices, and above the density at which the kernels stop paying, products are dense. For
-inference a fixed rule decides (`pays`), so that explanations are reproducible; for training a measurement (`is_faster_than_dense`).
+inference a fixed rule decides (`pays`), so explanations are reproducible; for training a measurement (`is_faster_than_dense`).
 
 Shape legend: b batch row, t token, n inputs, m outputs, p nonzeros, v vocabulary.
 """

@@ -369,7 +369,7 @@ def _check_divergence(coupling: CoupledModels, progress: Progress, warmup: float
 
 @torch.no_grad()
 def _check_final_model(coupling: CoupledModels, out: Path | None) -> None:
-    """Raise FitError if the final model's cross-entropy is above `MAX_CE_RATIO` times guessing's, or its outputs are not finite."""
+    """Raise FitError if the final model's cross-entropy exceeds `MAX_CE_RATIO` times guessing's, or outputs are not finite."""
     assert coupling.reference_bt is not None
     row_1t, uniform = coupling.reference_bt[:1].to(coupling.dense.device), math.log(coupling.sparse.vocabulary)
     trace, truth = coupling.sparse.run(row_1t), coupling.dense.run(row_1t)
