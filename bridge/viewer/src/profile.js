@@ -14,7 +14,7 @@ const MANY = 12; // the smallest number of points that is drawn as a scatter plo
 /** Return the drawing of the values from which a measure was computed. */
 export function drawPoints(model, measure, choose) {
   const { points } = measure;
-  const names = [...new Set(points.flatMap((point) => Object.keys(point.values)))];
+  const names = [...new Set(points.flatMap((point) => Object.keys(point.values)))].filter((name) => name !== "behind");
   const paired = ["sparse", "dense"].every((name) => points.every((point) => Number.isFinite(point.values[name])));
   if (paired && points.length >= MANY) return scatter(model, points, choose);
   return h(
