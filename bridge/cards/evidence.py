@@ -123,7 +123,7 @@ def held_out_pairs(task: Resolved, count: int = CardConfig.pairs) -> TokenPairs:
         raise CardError(f"the task {task.task}", "has no test pairs under this tokenizer", "take another task, or add examples")
     some = pairs.rows(spread_indices(len(pairs), count))
     place_b = torch.arange(len(some))
-    both = some.both().rows(place_b + len(some) * (place_b % 2))
+    both = some.both_members().rows(place_b + len(some) * (place_b % 2))
     return both.rows(both.last_b.argsort(stable=True))
 
 

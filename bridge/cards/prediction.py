@@ -88,13 +88,13 @@ def prediction_measures(
 
 
 def _predict_pairs(coupling: CoupledModels, circuit: TaskCircuit, pairs: TokenPairs, reference_bt: Tensor) -> Predicted:
-    both, dense = pairs.both(), coupling.dense
+    both, dense = pairs.both_members(), coupling.dense
     order_b, rows = both.last_b.argsort(stable=True), []
     for row_b in order_b.split(32):
         some = both.rows(row_b)
         masked = circuit.masked(coupling, some)
         kept_f = circuit.kept_f(masked.space, dense.device) & ~masked.is_error_f  # errors are known only from the dense run
-        logits = [some.at_last(dense.run(some.prompt_bt).logits_btv)]
+        logits = [some.logits_at_last(dense.run(some.prompt_bt).logits_btv)]
         logits += [masked.logits(mask_f.expand(len(some), -1)) for mask_f in (kept_f, ~masked.is_error_f)]
         rows.append(torch.stack([some.difference(logits_bv) for logits_bv in logits]))
     known_3b = torch.cat(rows, 1)[:, torch.argsort(order_b)]

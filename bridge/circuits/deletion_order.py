@@ -17,10 +17,7 @@ from torch import Tensor
 
 from bridge.circuits.loss import CircuitLoss, Level, Quantity
 
-_MAX_NODES_ONE_BY_ONE, _STEP_DIVISOR = (
-    1000,
-    25,
-)  # while more nodes than the first number remain, a step deletes the excess divided by the second
+_MAX_NODES_ONE_BY_ONE, _STEP_DIVISOR = 1000, 25  # while more nodes remain, a step deletes the excess divided by 25
 
 
 @torch.no_grad()

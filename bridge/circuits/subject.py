@@ -95,7 +95,7 @@ def active_nodes(subject: SparseSubject, pairs: TokenPairs) -> Tensor:
     """Return the mask_f of nodes that are not 0 on some prompt, at any of its tokens."""
     values: dict[Location, Tensor] = {}
     subject.logits(pairs, recording_gate(values))
-    on = {at: ((values[at] != 0) & pairs.there_bt[..., None]).any((0, 1))[None] for at in subject.space.sizes}
+    on = {at: ((values[at] != 0) & pairs.is_prompt_bt[..., None]).any((0, 1))[None] for at in subject.space.sizes}
     return subject.space.join(on)
 
 

@@ -135,7 +135,7 @@ def split_prompts(train: TokenPairs, validation: TokenPairs) -> tuple[TokenPairs
     parts = [_split_pairs(split) for split in (train, validation)]
     most = zip(zip(*parts, strict=True), (TRAIN, VALIDATION), strict=True)
     learnt, judged = (
-        select_prompts(one, count // 2).and_those(select_prompts(other, count // 2)) for (one, other), count in most
+        select_prompts(one, count // 2).concatenate(select_prompts(other, count // 2)) for (one, other), count in most
     )
     return learnt, judged
 
@@ -158,4 +158,4 @@ def select_prompts(pairs: TokenPairs, most: int) -> TokenPairs:
     row_b = spread_indices(count, most if count >= most else most // 2)
     place_b = torch.arange(len(row_b))
     chosen_b = torch.where(place_b % 2 == 0, row_b, row_b + count) if count >= most else torch.cat([row_b, row_b + count])
-    return sort_pairs(pairs).both().rows(chosen_b.to(pairs.last_b.device))
+    return sort_pairs(pairs).both_members().rows(chosen_b.to(pairs.last_b.device))

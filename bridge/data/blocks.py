@@ -93,10 +93,10 @@ def load_blocks(
     if source == "self":
         if dense is None:
             raise DataError("data 'self'", "samples from the dense model, and none was given", "pass the model or name a corpus")
-        corpus = Corpus([partial(_sampled, dense, prompts, context, seed)])
+        corpus = Corpus([partial(_sample_rows, dense, prompts, context, seed)])
     else:
         corpus = open_corpus(source, seed)
-    packing, pieces = packing.suited(corpus.pieces)
+    packing, pieces = packing.detect_packed(corpus.pieces)
     parts = (Part(), Part())
     count = index = reported = 0
     for run in tokenized(pieces, prompts):
@@ -110,7 +110,7 @@ def load_blocks(
             progress(Phase(f"data: {source}, {count:,} tokens {'sampled' if source == 'self' else 'read'}, {limit:,} at most"))
         if count >= limit:
             break
-    blocks = [packing.cut(part) for part in _with_held_out(*parts, packing)]
+    blocks = [packing.cut(part) for part in _ensure_held_out(*parts, packing)]
     if not all(map(len, blocks)):
         rule = f"at least {2 * context} are needed (one block of {context} to train on, one held out)"
         raise DataError(f"data {source!r} holds {count} tokens;", rule, "give more text or a shorter context (data.context)")
@@ -121,7 +121,7 @@ def load_blocks(
     return Blocks(train_nt, heldout_nt, f"{description}; left out: {corpus.left_out}" if corpus.left_out else description)
 
 
-def _with_held_out(train: Part, heldout: Part, packing: Packing) -> tuple[Part, Part]:
+def _ensure_held_out(train: Part, heldout: Part, packing: Packing) -> tuple[Part, Part]:
     """Return (train, heldout); if one of them has no full block (few documents), hold out the tail of all tokens instead."""
     context, body = packing.context, packing.body
     if all(len(part.rows) >= context or len(part.stream) >= body for part in (train, heldout)):
@@ -136,7 +136,7 @@ def _with_held_out(train: Part, heldout: Part, packing: Packing) -> tuple[Part, 
 
 
 @torch.no_grad()
-def _sampled(dense: PreTrainedModel, prompts: Prompts, context: int, seed: int) -> Iterator[Piece]:
+def _sample_rows(dense: PreTrainedModel, prompts: Prompts, context: int, seed: int) -> Iterator[Piece]:
     """Yield, without end, rows of `context` tokens: a text's prefix (BOS or EOS if there is none), then samples at temperature 1.
 
     `generate` is not used, because it would apply the penalties, bans and end token of the dense model's generation settings.

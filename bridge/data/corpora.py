@@ -87,7 +87,7 @@ def open_corpus(source: str, seed: int = 0) -> Corpus:
         return Corpus([partial(file_pieces, path)])
     if source.startswith((".", "/", "~")) or suffix_of(Path(source)) in SUFFIXES:
         raise DataError(f"data {source!r}", "does not exist", "name a file, a folder, 'stdlib', 'self' or a hub data set")
-    return Corpus(_streamed(source))
+    return Corpus(_stream_hub_data_set(source))
 
 
 def documents(source: str, seed: int = 0) -> Iterator[str]:
@@ -128,31 +128,31 @@ def _python_source(*, packages: bool, seed: int) -> Iterator[Piece]:
 def _folder(path: Path, configuration: str | None, seed: int) -> Corpus:
     where = str(path) if configuration is None else f"{path}:{configuration}"
     if any(all((path / name).is_file() for name in names) for names in SAVED):
-        return _saved(path)
+        return _saved_data_set(path)
     inside = (p for p in path.rglob("*") if not any(part.startswith(".") for part in p.relative_to(path).parts))
     files = sorted(p for p in inside if p.is_file() and suffix_of(p) in SUFFIXES)
     card = _card(path)
     about_data = _records(files) or not CARD_KEYS.isdisjoint(card or ())
     asked = configuration is not None or (card is not None and about_data)
-    if asked and (splits := _resolved(path, configuration, where, card or {})):
-        chosen = _to_train_on(splits, where, "a file of it")
-        return Corpus(_shuffled(splits[chosen], seed), _splits(name for name in splits if name != chosen))
-    files, left = _without_others(path, files)
+    if asked and (splits := _resolve_data_files(path, configuration, where, card or {})):
+        chosen = _training_split(splits, where, "a file of it")
+        return Corpus(_shuffle_files(splits[chosen], seed), _splits(name for name in splits if name != chosen))
+    files, left = _training_files(path, files)
     if left and not files:
         raise DataError(f"data {where!r}", f"has nothing to train on but its {_splits(left)}", "name a file of it to take that")
     if not files:
         packed = ", ".join(PACKED_SUFFIXES)
         raise DataError(f"data {where!r}", f"holds no file ending in {', '.join(SUFFIXES)} (also with {packed} behind it)")
-    return Corpus(_shuffled(files, seed), _splits(left))
+    return Corpus(_shuffle_files(files, seed), _splits(left))
 
 
-def _shuffled(files: Iterable[Path], seed: int) -> list[Callable[[], Iterator[Piece]]]:
+def _shuffle_files(files: Iterable[Path], seed: int) -> list[Callable[[], Iterator[Piece]]]:
     files = list(files)
     random.Random(seed).shuffle(files)
     return [partial(file_pieces, file) for file in files]
 
 
-def _without_others(path: Path, files: list[Path]) -> tuple[list[Path], list[str]]:
+def _training_files(path: Path, files: list[Path]) -> tuple[list[Path], list[str]]:
     """Return the files of a folder to train on, and the names of the splits whose files are left out.
 
     If a record or .txt file is named train, keep only such files. If not, skip records of other splits and READMEs of records.
@@ -184,7 +184,7 @@ def _split_of(inside: Path) -> str | None:
 # -- data sets in the sense of `datasets` ----------------------------------------------------------------------------------
 
 
-def _saved(path: Path) -> Corpus:
+def _saved_data_set(path: Path) -> Corpus:
     """Return the corpus of a data set written by `save_to_disk`."""
     from datasets import DatasetDict, load_from_disk
 
@@ -192,7 +192,7 @@ def _saved(path: Path) -> Corpus:
     with reraise_as(DataError, f"data {where!r}", "is a saved data set that cannot be loaded", remedy):
         found = load_from_disk(where)
     splits = {str(name): table for name, table in found.items()} if isinstance(found, DatasetDict) else {"train": found}
-    chosen = _to_train_on(splits, where, "the folder of one")
+    chosen = _training_split(splits, where, "the folder of one")
     table = splits[chosen].with_format(None)  # plain values, even if it was saved to give tensors
     wanted = [column for column in COLUMNS if column in table.column_names]
     if not wanted:
@@ -223,7 +223,7 @@ def _card(path: Path) -> dict[str, Any] | None:
     return facts if isinstance(facts, dict) else None
 
 
-def _resolved(path: Path, configuration: str | None, where: str, card: dict[str, Any]) -> dict[str, list[Path]]:
+def _resolve_data_files(path: Path, configuration: str | None, where: str, card: dict[str, Any]) -> dict[str, list[Path]]:
     """Return the files of a data set by split, as `datasets` resolves them from card and file names; {} if it finds none."""
     from datasets import get_dataset_config_names, get_dataset_default_config_name, load_dataset_builder
 
@@ -244,7 +244,7 @@ def _resolved(path: Path, configuration: str | None, where: str, card: dict[str,
     return {str(split): [Path(file) for file in files] for split, files in found.items()}
 
 
-def _to_train_on(splits: Iterable[str], where: str, remedy: str) -> str:
+def _training_split(splits: Iterable[str], where: str, remedy: str) -> str:
     """Return the split "train", or else the only one named after training, or else the only one of no known kind."""
     names = list(splits)
     kinds = {name: _split_of(Path(name)) for name in names}
@@ -259,7 +259,7 @@ def _splits(left: Iterable[str]) -> str:
     return f"{'splits' if len(names) > 1 else 'split'} {', '.join(names)}" if names else ""
 
 
-def _streamed(source: str) -> list[Callable[[], Iterator[Piece]]]:
+def _stream_hub_data_set(source: str) -> list[Callable[[], Iterator[Piece]]]:
     """Return one part for each shard (a file, mostly) of a hub data set."""
     from datasets import load_dataset
 

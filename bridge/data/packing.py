@@ -74,7 +74,7 @@ class Packing:
             raise DataError(f"a context of {context}", rule, "give a longer one")
         return Packing(source, context, prefix, end if padded else None, pad if padded else None, vocabulary)
 
-    def suited(self, pieces: Iterator[Piece]) -> tuple[Packing, Iterator[Piece]]:
+    def detect_packed(self, pieces: Iterator[Piece]) -> tuple[Packing, Iterator[Piece]]:
         """Return the packing with `packed` set by the lengths of the first pieces, and an iterator over all pieces."""
         first = list(islice(pieces, LOOKED_AT))
         lengths = {len(value) if kind == "tokens" else 0 for kind, value in first}
@@ -88,7 +88,7 @@ class Packing:
 
     def put(self, run: TokenRun, part: Part) -> int:
         """Add a run to a part, and return its number of tokens. Raises DataError if its ids are not whole numbers."""
-        ids = _without_padding(run.ids, self.pad, self.end, self.prefix) if run.given else run.ids
+        ids = _strip_padding(run.ids, self.pad, self.end, self.prefix) if run.given else run.ids
         if not ids:
             return 0
         try:
@@ -150,7 +150,7 @@ def tokenized(pieces: Iterable[Piece], prompts: Prompts) -> Iterator[TokenRun]:
             continue
         if prompts.tokenizer is None:
             raise DataError("the data", f"is text, and {prompts.missing}", "give it one that can be read, or data with input_ids")
-        text = _written_out(value, prompts.tokenizer) if kind == "chat" else value
+        text = _apply_chat_template(value, prompts.tokenizer) if kind == "chat" else value
         for index, (part, ends) in enumerate(_parts(text) if text.strip() else ()):
             waiting.append((part, index == 0, ends))
             characters += len(part)
@@ -159,7 +159,7 @@ def tokenized(pieces: Iterable[Piece], prompts: Prompts) -> Iterator[TokenRun]:
     yield from flush()
 
 
-def _written_out(chat: tuple[list[dict[str, Any]], str], tokenizer: PreTrainedTokenizerBase) -> str:
+def _apply_chat_template(chat: tuple[list[dict[str, Any]], str], tokenizer: PreTrainedTokenizerBase) -> str:
     """Return a conversation as text, written by the tokenizer's chat template. Raises DataError if that fails."""
     messages, where = chat
     if not tokenizer.chat_template:
@@ -178,7 +178,7 @@ def _parts(text: str) -> Iterator[tuple[str, bool]]:
     yield text[start:], True
 
 
-def _without_padding(ids: list[Any], pad: int | None, end: int | None, prefix: list[int]) -> list[Any]:
+def _strip_padding(ids: list[Any], pad: int | None, end: int | None, prefix: list[int]) -> list[Any]:
     """Return the ids without the padding at both ends.
 
     A single padding token before the text is kept if it is the end-of-text token or in the prefix; one after it, if the former.

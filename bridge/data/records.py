@@ -65,7 +65,7 @@ def file_pieces(file: Path) -> Iterator[Piece]:
         if kind in RECORD_SUFFIXES:
             yield from (piece(row, where) for row in _rows(file, kind))
         else:
-            with _opened(file) as stream:
+            with _open_text(file) as stream:
                 yield "text", stream.read()
     except UnicodeDecodeError:
         raise DataError(f"data {where!r}", "is not UTF-8 text", "convert it, or give jsonl or parquet") from None
@@ -77,30 +77,32 @@ def file_pieces(file: Path) -> Iterator[Piece]:
 def piece(row: Any, where: str) -> Piece:
     """Return a row as a piece of a corpus. Raises DataError if it has none of COLUMNS, or another type of value in one."""
     if isinstance(row, str):
-        return "text", _checked(row, where)
+        return "text", _check_text(row, where)
     if not isinstance(row, dict):
-        raise _no_column([type(row).__name__], where)
+        raise _no_column_error([type(row).__name__], where)
     if (ids := row.get("input_ids")) not in (None, []):
-        return "tokens", _unpadded(ids, row.get("attention_mask"), where)
+        return "tokens", _unmasked_ids(ids, row.get("attention_mask"), where)
     texts = {column: value for column in TEXT_COLUMNS if (value := row.get(column)) not in (None, "", [])}
     for value in texts.values():
         if isinstance(value, str) and value.strip():
-            return "text", _checked(value, where)
+            return "text", _check_text(value, where)
     for column in CHAT_COLUMNS:
         if row.get(column):
-            return "chat", (_messages(row[column], where), where)
+            return "chat", (_chat_messages(row[column], where), where)
     for column, value in texts.items():
         if not isinstance(value, str):
-            raise DataError(f"data {where!r}", f"holds {_what(value)} in its column {column!r}", "make it one text a row")
+            raise DataError(
+                f"data {where!r}", f"holds {_describe_value(value)} in its column {column!r}", "make it one text a row"
+            )
     if not any(column in row for column in COLUMNS):
-        raise _no_column(row, where)
+        raise _no_column_error(row, where)
     return "text", ""
 
 
 # -- files to rows ----------------------------------------------------------------------------------------------------------
 
 
-def _opened(file: Path, newline: str | None = None) -> TextIO:
+def _open_text(file: Path, newline: str | None = None) -> TextIO:
     if file.suffix.lower() == ".zst":
         import pyarrow
 
@@ -126,7 +128,7 @@ def _column_rows(file: Path, kind: str) -> Iterator[Any]:
         names = (table.schema_arrow if kind == ".parquet" else table.schema).names
         wanted = [column for column in COLUMNS if column in names]  # other columns may be large
         if not wanted:
-            raise _no_column(names, str(file))
+            raise _no_column_error(names, str(file))
         batches = table.iter_batches(BATCH, columns=wanted) if kind == ".parquet" else (batch.select(wanted) for batch in table)
         for batch in batches:
             for start in range(0, len(batch), BATCH):
@@ -150,7 +152,7 @@ def _arrow_reader(file: Path) -> Any:
 
 def _table_rows(file: Path, kind: str) -> Iterator[Any]:
     csv.field_size_limit(LONGEST_FIELD)
-    with _opened(file, newline="") as lines:
+    with _open_text(file, newline="") as lines:
         reader = csv.DictReader(lines, delimiter="," if kind == ".csv" else "\t", strict=True)
         try:
             for row in reader:
@@ -163,7 +165,7 @@ def _table_rows(file: Path, kind: str) -> Iterator[Any]:
 
 def _has_lines(file: Path) -> bool:
     """Return whether a .json file holds one value per line instead of one value in all."""
-    with _opened(file) as lines:
+    with _open_text(file) as lines:
         filled = (line for line in lines if line.strip())
         first = next(filled, "").lstrip()
         if first[:1] not in ("{", '"') or next(filled, None) is None:
@@ -176,7 +178,7 @@ def _has_lines(file: Path) -> bool:
 
 
 def _json_rows(file: Path) -> Iterator[Any]:
-    with _opened(file) as stream:
+    with _open_text(file) as stream:
         text = stream.read()
     try:
         value = json.loads(text)
@@ -186,7 +188,7 @@ def _json_rows(file: Path) -> Iterator[Any]:
 
 
 def _line_rows(file: Path) -> Iterator[Any]:
-    with _opened(file) as lines:
+    with _open_text(file) as lines:
         for number, line in enumerate(lines, 1):
             if line.strip():
                 try:
@@ -200,23 +202,25 @@ def _line_rows(file: Path) -> Iterator[Any]:
 # -- rows to pieces ---------------------------------------------------------------------------------------------------------
 
 
-def _no_column(found: Iterable[Any], where: str) -> DataError:
+def _no_column_error(found: Iterable[Any], where: str) -> DataError:
     columns = ", ".join(map(str, found)) or "none"
     return DataError(
         f"data {where!r}", f"has no text column (found: {columns})", f"name one of {', '.join(TEXT_COLUMNS)} or input_ids"
     )
 
 
-def _checked(text: str, where: str) -> str:
+def _check_text(text: str, where: str) -> str:
     if wrong := unencodable_character(text):
         raise DataError(f"data {where!r}", f"holds {wrong}, which is no character of UTF-8 text", "write it again without")
     return text
 
 
-def _unpadded(ids: Any, mask: Any, where: str) -> list[Any]:
+def _unmasked_ids(ids: Any, mask: Any, where: str) -> list[Any]:
     """Return the ids that an attention mask marks as text; all of them if there is no mask."""
     if not isinstance(ids, list):
-        raise DataError(f"data {where!r}", f"has input_ids that are not whole numbers ({_what(ids)})", "tokenize it again")
+        raise DataError(
+            f"data {where!r}", f"has input_ids that are not whole numbers ({_describe_value(ids)})", "tokenize it again"
+        )
     if mask is None:
         return ids
     if not isinstance(mask, list) or len(mask) != len(ids):
@@ -225,7 +229,7 @@ def _unpadded(ids: Any, mask: Any, where: str) -> list[Any]:
     return [token for token, there in zip(ids, mask, strict=True) if there]
 
 
-def _messages(given: Any, where: str) -> list[dict[str, Any]]:
+def _chat_messages(given: Any, where: str) -> list[dict[str, Any]]:
     """Return a conversation as chat templates take it: messages with a role and a content."""
     if isinstance(given, dict) and all(isinstance(value, list) for value in given.values()):  # structs stored by column
         given = [dict(zip(given, values, strict=False)) for values in zip(*given.values(), strict=False)]
@@ -239,7 +243,7 @@ def _messages(given: Any, where: str) -> list[dict[str, Any]]:
     return messages
 
 
-def _what(value: Any) -> str:
+def _describe_value(value: Any) -> str:
     if isinstance(value, list):
         return "a list of strings" if all(isinstance(part, str) for part in value) else "a list"
     return {dict: "a nested value", str: "a text", int: "a number", float: "a number"}.get(type(value), type(value).__name__)

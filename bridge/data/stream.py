@@ -60,7 +60,7 @@ def open_stream(
     vocabulary = None if dense is None else dense.config.get_text_config().vocab_size
     prompts = Prompts.of(prompts, vocabulary)
     corpus = open_corpus(source, seed)
-    packing, _ = Packing.of(source, prompts, context, vocabulary).suited(corpus.pieces)
+    packing, _ = Packing.of(source, prompts, context, vocabulary).detect_packed(corpus.pieces)
     if progress is not None:
         progress(Phase(f"data: {source}, looking for documents to hold out"))
     part, pieces, looked_at = Part(), corpus.pieces, 0
@@ -84,7 +84,7 @@ def is_held_out(piece: Piece) -> bool:
 
 
 @dataclass
-class _Place:
+class _ReadPosition:
     """The point up to which a corpus was read for the batches before a step."""
 
     rows: int
@@ -110,7 +110,7 @@ class Stream:
             f"{packing.source}: streamed from {count:,} part{'s' if count > 1 else ''}, {heldout_nt.numel():,} tokens held out, "
             f"blocks of {packing.context}{left}"
         )
-        self._place: _Place | None = None
+        self._place: _ReadPosition | None = None
 
     def heldout(self, rows: int) -> Tensor:
         """Return the first `rows` held-out blocks as tokens_bt, int64; all of them if there are fewer."""
@@ -122,7 +122,7 @@ class Stream:
         if at is not None and at.last_bt is not None and (at.rows, at.seed, at.step) == (rows, seed, step + 1):
             return at.last_bt.long()
         if at is None or (at.rows, at.seed) != (rows, seed) or at.step > step:
-            self._place = at = _Place(rows, seed, 0, self.heldout_nt[:0])
+            self._place = at = _ReadPosition(rows, seed, 0, self.heldout_nt[:0])
         while at.step < step:
             self._draw(at)
         return self._draw(at)
@@ -144,9 +144,9 @@ class Stream:
             what = f"data {self.packing.source!r} has {len(self.corpus.parts)} parts,"
             raise DataError(what, f"and had {count} when the run was saved", "give it back as it was, or fit again")
         uncut = Part(stream=array("i", tensors["data.uncut"].tolist()))
-        self._place = _Place(rows, seed, step, tensors["data.pool"], epoch, part, piece, uncut)
+        self._place = _ReadPosition(rows, seed, step, tensors["data.pool"], epoch, part, piece, uncut)
 
-    def _draw(self, at: _Place) -> Tensor:
+    def _draw(self, at: _ReadPosition) -> Tensor:
         """Take the next batch out of the pool, and return it."""
         self._fill(at)
         order_n = permutation(len(at.pool_nt), at.seed, at.step)
@@ -154,7 +154,7 @@ class Stream:
         at.step += 1
         return at.last_bt.long()
 
-    def _fill(self, at: _Place) -> None:
+    def _fill(self, at: _ReadPosition) -> None:
         """Read on until the pool is full; a new epoch begins only when less than one batch is left in the pool."""
         blocks, barren = [at.pool_nt], False
         n_blocks, enough = len(at.pool_nt), max(at.rows, POOL_TOKENS // self.packing.context)
@@ -175,7 +175,7 @@ class Stream:
                 at.epoch, at.part, at.piece, barren = at.epoch + 1, 0, 0, True
         at.pool_nt = torch.cat(blocks)
 
-    def _read(self, at: _Place) -> list[Piece]:
+    def _read(self, at: _ReadPosition) -> list[Piece]:
         """Return the next documents, as many as are tokenized at a time; [] at the end of an epoch."""
         order = _order(len(self.corpus.parts), at.seed, at.epoch)
         pieces: list[Piece] = []

@@ -100,18 +100,18 @@ def load_task(name_or_path: str | Path, *, seed: int = 0) -> Task:
     """Return a built-in task, generated from the seed, or a user's task from a .jsonl, .yaml or .yml file. Raises TaskError."""
     for templates in TASKS:
         if templates.name == str(name_or_path):
-            return _generated(templates, seed)
+            return _generate_task(templates, seed)
     path = Path(name_or_path)
     if path.suffix in (".jsonl", ".yaml", ".yml"):
-        return _users(path, seed)
+        return _read_user_task(path, seed)
     if path.exists():
         remedy = "a task is a file of examples whose name ends in .jsonl, .yaml or .yml"
         raise TaskError(repr(str(path)), "is no task file", remedy)
     those = "`bridge tasks` lists those there are; a file's name ends in .jsonl or .yaml"
-    raise TaskError(f"there is no task {str(name_or_path)!r}", remedy=_nearest(name_or_path, task_names(), those))
+    raise TaskError(f"there is no task {str(name_or_path)!r}", remedy=_suggest_name(name_or_path, task_names(), those))
 
 
-def _nearest(name: object, known: Sequence[str], otherwise: str) -> str:
+def _suggest_name(name: object, known: Sequence[str], otherwise: str) -> str:
     near = get_close_matches(str(name), known, 1)
     return f"did you mean {near[0]!r}?" if near else otherwise
 
@@ -121,13 +121,13 @@ def _split_at(place: int, n_held_out: int) -> Split:
     return "validation" if place < n_held_out else "test" if place < 2 * n_held_out else "train"
 
 
-def _generated(templates: Templates, seed: int) -> Task:
+def _generate_task(templates: Templates, seed: int) -> Task:
     texts = random.Random(f"{seed} {templates.name}").sample(templates.texts, len(templates.texts))
     n_held_out = max(1, round(HELD_OUT * len(texts)))
     pairs: dict[Split, tuple[Example, ...]] = {}
     for split, words in _words(seed).items():
         its = [text for place, text in enumerate(texts) if _split_at(place, n_held_out) == split]
-        pairs[split] = tuple(_drawn(templates, its, words, SPARE * PAIRS[split], seed))
+        pairs[split] = tuple(_draw_pairs(templates, its, words, SPARE * PAIRS[split], seed))
     return Task(templates.name, templates.language, templates.about, pairs, PAIRS)
 
 
@@ -141,7 +141,7 @@ def _words(seed: int) -> Mapping[Split, Mapping[str, tuple[str, ...]]]:
     return {split: {pool: tuple(w for w in ws if split_of[w] == split) for pool, ws in POOLS.items()} for split in SPLITS}
 
 
-def _drawn(
+def _draw_pairs(
     templates: Templates, texts: Sequence[str], words: Mapping[str, tuple[str, ...]], wanted: int, seed: int
 ) -> Iterator[Example]:
     """Yield at most `wanted` different pairs, from the templates in turn, with the two prompts in random order."""
@@ -154,7 +154,7 @@ def _drawn(
         names = _names(text, templates, words, generator)
         # one variant has the filler in neither prompt, the others in one of the two
         fillers = ("", r"«\1|»", r"«|\1»") if _FILLER.search(text) else ("",)
-        pair, *variants = [_filled(templates, text, re.sub(_FILLER, filler, text), names) for filler in fillers]
+        pair, *variants = [_fill_template(templates, text, re.sub(_FILLER, filler, text), names) for filler in fillers]
         if (pair.prompt, pair.counterfactual) not in seen:
             seen |= {(pair.prompt, pair.counterfactual), (pair.counterfactual, pair.prompt)}
             pair = replace(pair, variants=tuple(variants))
@@ -169,7 +169,7 @@ def _names(text: str, templates: Templates, words: Mapping[str, tuple[str, ...]]
     return names
 
 
-def _filled(templates: Templates, template: str, text: str, names: Mapping[str, str]) -> Example:
+def _fill_template(templates: Templates, template: str, text: str, names: Mapping[str, str]) -> Example:
     """Return the pair made from a template by filling in `names`; `text` is the template with its fillers resolved."""
     prompt = counterfactual = ""
     spans = []
@@ -214,8 +214,8 @@ def reverse_pair(example: Example) -> Example:
 # -- a user's file ------------------------------------------------------------------------------------------------------
 
 
-def _users(path: Path, seed: int) -> Task:
-    entries = list(_entries(path))
+def _read_user_task(path: Path, seed: int) -> Task:
+    entries = list(_read_entries(path))
     if not entries:
         raise TaskError(path, "has no examples", "give one per line" + ("" if path.suffix == ".jsonl" else ", each after a dash"))
     examples: list[Example] = []
@@ -227,7 +227,7 @@ def _users(path: Path, seed: int) -> Task:
         for text in (example.prompt, example.counterfactual):
             if text in line_of:
                 already = f"is in line {line_of[text]} already"
-                raise TaskError(f"{where}: the prompt {_short(text)}", already, "keep one of the two")
+                raise TaskError(f"{where}: the prompt {_shorten(text)}", already, "keep one of the two")
             line_of[text] = line
         if splits and (split is None) != (splits[0] is None):
             here, there = ("none", "one") if split is None else ("one", "none")
@@ -236,7 +236,7 @@ def _users(path: Path, seed: int) -> Task:
         examples.append(example)
         splits.append(split)
     if splits[0] is None:
-        splits = _shared_out(path, len(examples), seed)
+        splits = _assign_splits(path, len(examples), seed)
     by_split: dict[Split, tuple[Example, ...]] = {
         split: tuple(example for example, its in zip(examples, splits, strict=True) if its == split) for split in SPLITS
     }
@@ -244,7 +244,7 @@ def _users(path: Path, seed: int) -> Task:
     return Task(path.stem, "user", about, by_split, {split: len(some) for split, some in by_split.items()})
 
 
-def _shared_out(path: Path, count: int, seed: int) -> list[Split | None]:
+def _assign_splits(path: Path, count: int, seed: int) -> list[Split | None]:
     if count < len(SPLITS):
         rule = f"has {count} example{'' if count == 1 else 's'}, too few to split in three"
         raise TaskError(path, rule, "add some, or give each a split")
@@ -252,7 +252,7 @@ def _shared_out(path: Path, count: int, seed: int) -> list[Split | None]:
     return [_split_at(place, max(1, round(HELD_OUT * count))) for place in order]
 
 
-def _entries(path: Path) -> Iterator[tuple[int, Any]]:
+def _read_entries(path: Path) -> Iterator[tuple[int, Any]]:
     """Yield (line, value) of each example in a file."""
     try:
         text = path.read_text(encoding="utf-8")
@@ -301,10 +301,10 @@ _KEYS = ("prompt", "counterfactual", "answer", "answers", "wrong", "wrongs", "sp
 
 def _example(values: Any, where: str) -> tuple[Example, Split | None]:
     if not isinstance(values, dict):
-        raise TaskError(f"{where}: {_short(values)}", "is no example", "write prompt, counterfactual, answer and wrong as keys")
+        raise TaskError(f"{where}: {_shorten(values)}", "is no example", "write prompt, counterfactual, answer and wrong as keys")
     for key in values:
         if key not in _KEYS:
-            remedy = _nearest(key, _KEYS, f"the keys are {', '.join(_KEYS)}")
+            remedy = _suggest_name(key, _KEYS, f"the keys are {', '.join(_KEYS)}")
             raise TaskError(f"{where}: there is no key {key!r}", remedy=remedy)
     prompts = []
     for key in ("prompt", "counterfactual"):
@@ -313,7 +313,7 @@ def _example(values: Any, where: str) -> tuple[Example, Split | None]:
         prompts.append(_text(values[key], key, where))
     if prompts[0] == prompts[1]:
         raise TaskError(f"{where}: prompt and counterfactual", "are the same", "change what decides the answer")
-    answer, wrong = _side(values, "answer", "wrong", where), _side(values, "wrong", "answer", where)
+    answer, wrong = _read_answers(values, "answer", "wrong", where), _read_answers(values, "wrong", "answer", where)
     if not answer and not wrong:
         raise TaskError(f"{where}: answers and wrongs", "are each what the other is not", "spell one of them out")
     for spelling in answer:
@@ -321,12 +321,12 @@ def _example(values: Any, where: str) -> tuple[Example, Split | None]:
             raise TaskError(f"{where}: {spelling!r}", "is both an answer and a wrong one", "remove it from one of them")
     split = values.get("split")
     if "split" in values and split not in SPLITS:
-        raise TaskError(f"{where}: there is no split {_short(split)}", remedy=f"it is one of {', '.join(SPLITS)}")
+        raise TaskError(f"{where}: there is no split {_shorten(split)}", remedy=f"it is one of {', '.join(SPLITS)}")
     prompt, counterfactual = prompts
-    return Example(prompt, counterfactual, answer, wrong, _difference(prompt, counterfactual)), split
+    return Example(prompt, counterfactual, answer, wrong, _differing_span(prompt, counterfactual)), split
 
 
-def _side(values: dict, one: str, other: str, where: str) -> tuple[str, ...]:
+def _read_answers(values: dict, one: str, other: str, where: str) -> tuple[str, ...]:
     """Return the spellings of an answer, given as `answer` or `answers`; () if it is any token but the other side's."""
     several = f"{one}s"
     if one in values and several in values:
@@ -339,13 +339,13 @@ def _side(values: dict, one: str, other: str, where: str) -> tuple[str, ...]:
     if given == f"not {other}s":
         return ()
     if not isinstance(given, list) or not given:
-        raise TaskError(f"{where}: {several}", f"is {_short(given)}, not a list of spellings", f"write some, or 'not {other}s'")
+        raise TaskError(f"{where}: {several}", f"is {_shorten(given)}, not a list of spellings", f"write some, or 'not {other}s'")
     return tuple(dict.fromkeys(_text(spelling, several, where) for spelling in given))
 
 
 def _text(value: Any, key: str, where: str) -> str:
     if not isinstance(value, str):
-        raise TaskError(f"{where}: {key}", f"has {_short(value)}, which is not text", "put it in quotes")
+        raise TaskError(f"{where}: {key}", f"has {_shorten(value)}, which is not text", "put it in quotes")
     if not value:
         raise TaskError(f"{where}: {key}", "has an empty text", "write what it is")
     if wrong := unencodable_character(value):
@@ -353,7 +353,7 @@ def _text(value: Any, key: str, where: str) -> str:
     return value
 
 
-def _short(value: Any) -> str:
+def _shorten(value: Any) -> str:
     try:
         text = repr(value)
     except (ValueError, RecursionError):  # too many digits, or too deeply nested, for repr
@@ -361,7 +361,7 @@ def _short(value: Any) -> str:
     return text if len(text) <= 40 else f"{text[:37]}..."
 
 
-def _difference(prompt: str, counterfactual: str) -> tuple[Span, ...]:
+def _differing_span(prompt: str, counterfactual: str) -> tuple[Span, ...]:
     """Return one span, from the first to the last character that differs between the prompts."""
     start = len(commonprefix([prompt, counterfactual]))
     same = len(commonprefix([prompt[start:][::-1], counterfactual[start:][::-1]]))

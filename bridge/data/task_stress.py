@@ -53,13 +53,13 @@ def stress_pairs(
 ) -> dict[str, Stress]:
     """Return stress pairs by kind, in numbers as equal as possible; a kind that fits no pair is left out."""
     examples = pairs.examples
-    rules = _rules(examples, _is_code(examples, language), _stretches(prompts, reference_bt, seed))
+    rules = _rules(examples, _is_code(examples, language), _held_out_stretches(prompts, reference_bt, seed))
     wanted = PROMPTS // 2
     found: dict[str, Stress] = {}
     for kind, rule in rules.items():
         generator = random.Random(f"{seed} {kind}")
         order = generator.sample(range(len(examples)), len(examples))
-        made = _distinct(((index, rule(examples[index], generator)) for index in order), examples)
+        made = _drop_duplicates(((index, rule(examples[index], generator)) for index in order), examples)
         task = Task(kind, language, kind, {"test": tuple(made)}, {"test": wanted})
         resolved = resolve(task, prompts, context=context, splits=("test",)).splits["test"]
         if len(resolved):
@@ -70,7 +70,7 @@ def stress_pairs(
     return {kind: Stress(found[kind].pairs.rows(torch.arange(n)), found[kind].source_b[:n]) for kind, n in sizes.items()}
 
 
-def _distinct(made: Iterable[tuple[int, Example | None]], known: Sequence[Example]) -> dict[Example, int]:
+def _drop_duplicates(made: Iterable[tuple[int, Example | None]], known: Sequence[Example]) -> dict[Example, int]:
     """Return the new examples, each once, and for each the index of the pair that it was made from."""
     seen = {example.prompt for example in known} | {example.counterfactual for example in known}
     new: dict[Example, int] = {}
@@ -90,10 +90,10 @@ def _rules(examples: Sequence[Example], code: bool, stretches: Sequence[str]) ->
         if other is example:
             return None
         answer = other.wrong[0] if other.wrong else ""
-        return _before(example, f"{other.counterfactual}{answer}\n")
+        return _prepend(example, f"{other.counterfactual}{answer}\n")
 
     def context(example: Example, generator: random.Random) -> Example | None:
-        return _before(example, f"{generator.choice(stretches)}\n") if stretches else None
+        return _prepend(example, f"{generator.choice(stretches)}\n") if stretches else None
 
     def rename(example: Example, generator: random.Random) -> Example | None:
         own, texts = names[example], (example.prompt, example.counterfactual, *example.answer, *example.wrong)
@@ -101,35 +101,35 @@ def _rules(examples: Sequence[Example], code: bool, stretches: Sequence[str]) ->
         others = [name for name in pool if name not in used]
         if not own or not others:
             return None
-        return _renamed(example, {generator.choice(own): generator.choice(others)})
+        return _replace_names(example, {generator.choice(own): generator.choice(others)})
 
     def swap(example: Example, generator: random.Random) -> Example | None:
         own = names[example]
         if len(own) < 2:
             return None
         first, second = generator.sample(own, 2)
-        return _renamed(example, {first: second, second: first})
+        return _replace_names(example, {first: second, second: first})
 
     def paraphrase(example: Example, generator: random.Random) -> Example | None:
         if not code:
-            return _before(example, generator.choice(LEAD_INS))
+            return _prepend(example, generator.choice(LEAD_INS))
         if generator.random() < 0.5:
-            return _changed(example, lambda text: "    " + text.replace("\n", "\n    "))
+            return _map_prompts(example, lambda text: "    " + text.replace("\n", "\n    "))
         indent = re.match(r" *", example.prompt)
-        return _before(example, f"{indent.group() if indent else ''}{generator.choice(COMMENTS)}\n")
+        return _prepend(example, f"{indent.group() if indent else ''}{generator.choice(COMMENTS)}\n")
 
     return {"distractor": distractor, "context": context, "rename": rename, "swap": swap, "paraphrase": paraphrase}
 
 
-def _changed(example: Example, change: Callable[[str], str]) -> Example:
+def _map_prompts(example: Example, change: Callable[[str], str]) -> Example:
     return replace(example, prompt=change(example.prompt), counterfactual=change(example.counterfactual))
 
 
-def _before(example: Example, text: str) -> Example:
-    return _changed(example, lambda prompt: f"{text}{prompt}")
+def _prepend(example: Example, text: str) -> Example:
+    return _map_prompts(example, lambda prompt: f"{text}{prompt}")
 
 
-def _renamed(example: Example, names: Mapping[str, str]) -> Example:
+def _replace_names(example: Example, names: Mapping[str, str]) -> Example:
     """Return the example with all given names replaced at once, wherever they are whole words."""
     found = re.compile("|".join(rf"(?<![A-Za-z0-9_]){re.escape(name)}(?![A-Za-z0-9_])" for name in names))
 
@@ -137,7 +137,7 @@ def _renamed(example: Example, names: Mapping[str, str]) -> Example:
         return found.sub(lambda match: names[match[0]], text)
 
     answer, wrong = (tuple(map(change, side)) for side in (example.answer, example.wrong))
-    return replace(_changed(example, change), answer=answer, wrong=wrong)
+    return replace(_map_prompts(example, change), answer=answer, wrong=wrong)
 
 
 def _names(example: Example, examples: Sequence[Example]) -> list[str]:
@@ -153,7 +153,7 @@ def _is_code(examples: Sequence[Example], language: str) -> bool:
     return language == "python" or any("\n" in example.prompt for example in examples)
 
 
-def _stretches(prompts: Prompts, reference_bt: Tensor, seed: int) -> list[str]:
+def _held_out_stretches(prompts: Prompts, reference_bt: Tensor, seed: int) -> list[str]:
     """Return stretches of held-out text, cut to whole lines if they have more than three lines."""
     generator = random.Random(f"{seed} stretches")
     special, found = prompts.special, []

@@ -65,7 +65,7 @@ class TokenPairs:
         return len(self.last_b)
 
     @property
-    def there_bt(self) -> Tensor:
+    def is_prompt_bt(self) -> Tensor:
         """Mask of the positions that are a prompt's, not padding."""
         return torch.arange(self.prompt_bt.shape[1], device=self.last_b.device) <= self.last_b[:, None]
 
@@ -95,11 +95,11 @@ class TokenPairs:
             examples=tuple(reverse_pair(example) for example in self.examples),
         )
 
-    def both(self) -> TokenPairs:
+    def both_members(self) -> TokenPairs:
         """Return both members of each pair as prompts: the pairs, then the reversed pairs."""
-        return self.and_those(self.reversed())
+        return self.concatenate(self.reversed())
 
-    def and_those(self, others: TokenPairs) -> TokenPairs:
+    def concatenate(self, others: TokenPairs) -> TokenPairs:
         """Return these pairs followed by others, padded to one length."""
         tensors = {}
         for name, value in self._tensors().items():
@@ -110,14 +110,16 @@ class TokenPairs:
             tensors[name] = torch.cat([value, other])
         return TokenPairs(**tensors, examples=self.examples + others.examples)
 
-    def at_last(self, logits_btv: Tensor) -> Tensor:
+    def logits_at_last(self, logits_btv: Tensor) -> Tensor:
         """Return logits_bv at the positions where the answers are read."""
         return logits_btv[torch.arange(len(self), device=logits_btv.device), self.last_b]
 
     def difference(self, logits_bv: Tensor) -> Tensor:
         """Return the logit difference of each prompt: the log-odds of the answer against the wrong one."""
         logits_bv = logits_bv.float()
-        return _pooled(logits_bv, self.answer_bk, self.answer_not_b) - _pooled(logits_bv, self.wrong_bk, self.wrong_not_b)
+        return _log_sum_exp(logits_bv, self.answer_bk, self.answer_not_b) - _log_sum_exp(
+            logits_bv, self.wrong_bk, self.wrong_not_b
+        )
 
     def loss(self, logits_bv: Tensor) -> Tensor:
         """Return the two-way loss per prompt in nats, loss_b = -log p(answer) / (p(answer) + p(wrong)); chance is log 2."""
@@ -166,7 +168,7 @@ class Scores:
 
 
 @dataclass(frozen=True)
-class _Read:
+class _TokenizedPrompt:
     """A prompt's tokens, and the first tokens of the answer and of the wrong answer; an empty set: all tokens but the other's."""
 
     tokens: tuple[int, ...]
@@ -188,13 +190,13 @@ def resolve(
         prompts.check()
         for split in splits:
             rows = []
-            for example in _in_order(task.examples[split], prompts):
+            for example in _order_examples(task.examples[split], prompts):
                 if len(rows) == task.wanted[split]:
                     break
                 seen += 1
                 reason = ""
                 for variant in (example, *example.variants):
-                    reads = _resolved(variant, prompts, context)
+                    reads = _resolve_pair(variant, prompts, context)
                     if not isinstance(reads, str):
                         rows.append((variant, *reads))
                         break
@@ -207,7 +209,7 @@ def resolve(
     return Resolved(task.name, task.language, resolved, seen, dict(dropped))
 
 
-def _in_order(examples: Sequence[Example], prompts: Prompts) -> Iterator[Example]:
+def _order_examples(examples: Sequence[Example], prompts: Prompts) -> Iterator[Example]:
     """Yield a user's examples in order; generated ones from the templates in turn, each template's shortest names first."""
     if not any(example.template for example in examples):
         yield from examples
@@ -224,7 +226,7 @@ def _in_order(examples: Sequence[Example], prompts: Prompts) -> Iterator[Example
         yield from (example for example in row if example is not None)
 
 
-def _resolved(example: Example, prompts: Prompts, context: int | None) -> tuple[_Read, _Read] | str:
+def _resolve_pair(example: Example, prompts: Prompts, context: int | None) -> tuple[_TokenizedPrompt, _TokenizedPrompt] | str:
     """Return both members of a pair, or the reason for dropping it."""
     prompt = _read(example.prompt, example.answer, example.wrong, prompts)
     counterfactual = _read(example.counterfactual, example.wrong, example.answer, prompts)
@@ -239,7 +241,7 @@ def _resolved(example: Example, prompts: Prompts, context: int | None) -> tuple[
     return prompt, counterfactual
 
 
-def _read(prompt: str, answer: tuple[str, ...], wrong: tuple[str, ...], prompts: Prompts) -> _Read | str:
+def _read(prompt: str, answer: tuple[str, ...], wrong: tuple[str, ...], prompts: Prompts) -> _TokenizedPrompt | str:
     # if one answer is any other token, no mark may be moved: both answers would begin with the mark
     marks = len(prompt) - len(re.sub(r"\W+\Z", "", prompt)) if answer and wrong else 0
     heads = [prompt[: len(prompt) - n] for n in range(min(marks, _MOVABLE) + 1)]
@@ -255,27 +257,27 @@ def _read(prompt: str, answer: tuple[str, ...], wrong: tuple[str, ...], prompts:
     firsts = [frozenset(ids[start] for ids in side if len(ids) > start) for side in (right, left)]
     if firsts[0] & firsts[1] or bool(firsts[0]) != bool(answer) or bool(firsts[1]) != bool(wrong):
         return "ambiguous"
-    return _Read(tuple((right or left)[0][:start]), *firsts)
+    return _TokenizedPrompt(tuple((right or left)[0][:start]), *firsts)
 
 
-def _tensors(rows: Sequence[tuple[Example, _Read, _Read]]) -> TokenPairs:
+def _tensors(rows: Sequence[tuple[Example, _TokenizedPrompt, _TokenizedPrompt]]) -> TokenPairs:
     prompts, counterfactuals = [row[1].tokens for row in rows], [row[2].tokens for row in rows]
     answers, wrongs = [sorted(row[1].answer) for row in rows], [sorted(row[1].wrong) for row in rows]
     # a side that is any other token is listed by the ids of the other side
     listed = [(answer or wrong, wrong or answer) for answer, wrong in zip(answers, wrongs, strict=True)]
     return TokenPairs(
-        prompt_bt=_padded(prompts, 0),
-        counterfactual_bt=_padded(counterfactuals, 0),
+        prompt_bt=_pad_rows(prompts, 0),
+        counterfactual_bt=_pad_rows(counterfactuals, 0),
         last_b=torch.tensor([len(tokens) - 1 for tokens in prompts], dtype=torch.int64),
-        answer_bk=_padded([answer for answer, _ in listed], -1),
-        wrong_bk=_padded([wrong for _, wrong in listed], -1),
+        answer_bk=_pad_rows([answer for answer, _ in listed], -1),
+        wrong_bk=_pad_rows([wrong for _, wrong in listed], -1),
         answer_not_b=torch.tensor([not answer for answer in answers], dtype=torch.bool),
         wrong_not_b=torch.tensor([not wrong for wrong in wrongs], dtype=torch.bool),
         examples=tuple(row[0] for row in rows),
     )
 
 
-def _padded(rows: Sequence[Sequence[int]], padding: int) -> Tensor:
+def _pad_rows(rows: Sequence[Sequence[int]], padding: int) -> Tensor:
     longest = max((len(row) for row in rows), default=0)
     return torch.tensor([[*row, *[padding] * (longest - len(row))] for row in rows], dtype=torch.int64).view(len(rows), longest)
 
@@ -283,7 +285,7 @@ def _padded(rows: Sequence[Sequence[int]], padding: int) -> Tensor:
 # -- scores -------------------------------------------------------------------------------------------------------------
 
 
-def _pooled(logits_bv: Tensor, ids_bk: Tensor, not_b: Tensor) -> Tensor:
+def _log_sum_exp(logits_bv: Tensor, ids_bk: Tensor, not_b: Tensor) -> Tensor:
     """Return the log of the summed exp of the listed tokens' logits, or of all other tokens' logits if not_b."""
     listed_bk = logits_bv.gather(1, ids_bk.clamp(min=0)).masked_fill(ids_bk < 0, -torch.inf)
     pooled_b = listed_bk.logsumexp(-1)
@@ -299,12 +301,12 @@ def score(model: ResidualModel, pairs: TokenPairs) -> Scores:
     """Score a model on pairs, which must be on its device. Raises TaskError if there are no pairs."""
     if not len(pairs):
         raise TaskError("there are no pairs to score", remedy="take another split, or a tokenizer that the task's prompts suit")
-    prompts = pairs.both()
+    prompts = pairs.both_members()
     rows = max(1, min(64, _LOGITS // (prompts.prompt_bt.shape[1] * model.vocabulary)))
     differences = []
     for row_b in prompts.last_b.argsort(stable=True).split(rows):  # similar lengths together, to pad little
         some = prompts.rows(row_b)
-        differences.append(some.difference(some.at_last(model.run(some.prompt_bt).logits_btv)))
+        differences.append(some.difference(some.logits_at_last(model.run(some.prompt_bt).logits_btv)))
     difference_b = torch.cat(differences).double()
     loss = float(F.softplus(-difference_b).mean())
     return Scores(float((difference_b > 0).double().mean()), loss, float(difference_b.mean()), len(pairs))

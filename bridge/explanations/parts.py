@@ -14,7 +14,7 @@ from bridge.evidence.measures import Report
 from bridge.evidence.sufficiency import Backup, NestedCircuit
 from bridge.graph.attention import ExplainedHead
 from bridge.graph.groups import GroupEdge
-from bridge.huggingface.prompts import shown
+from bridge.huggingface.prompts import describe_token
 from bridge.models.circuit import EdgeKind
 
 
@@ -27,7 +27,7 @@ class Token:
 
     def __str__(self) -> str:
         """Return the text as a Python literal, and the id."""
-        return shown(self.text, self.id)
+        return describe_token(self.text, self.id)
 
 
 @dataclass(frozen=True)

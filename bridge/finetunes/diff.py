@@ -174,9 +174,9 @@ def _of_prompt(
     effect_f = grafts.attributions(config.alphas)
     through = {kind: float(effect_f[grafts.kind_f == place].sum()) / known.change for place, kind in enumerate(KINDS)}
     changed_f = changed_nodes(grafts, effect_f, config.within * abs(known.change))
-    masked = [_masked(one, question, followed, base) for one, followed in ((base, ours), (tuned, theirs))]
-    nodes, effects = _listed(grafts, masked, effect_f, changed_f, known, config)
-    edges = _edges(tuned, grafts, masked, changed_f, config)
+    masked = [_masked_model(one, question, followed, base) for one, followed in ((base, ours), (tuned, theirs))]
+    nodes, effects = _list_nodes(grafts, masked, effect_f, changed_f, known, config)
+    edges = _changed_edges(tuned, grafts, masked, changed_f, config)
     transplant = _transplant(base, grafts, masked[0], ours, changed_f, known.change, config, seed)
     return replace(
         known, through=through, changed=int(changed_f.sum()), nodes=nodes, edges=edges, effects=effects, transplant=transplant
@@ -192,7 +192,7 @@ def changed_nodes(grafts: Grafts, effect_f: Tensor, within: float) -> Tensor:
     all_d = float(grafts.difference((grafts.own_f * grafts.nodes_f)[None]))
     low, high = 0, count  # the smallest number is above low and at most high
     while high - low > 1:
-        sizes = sorted({low + round(more) for more in np.geomspace(1, high - low - 1, grafts.rows)})
+        sizes = sorted({low + round(more) for more in np.geomspace(1, high - low - 1, grafts.rows_per_batch)})
         added_rf = torch.zeros(len(sizes), len(order_k), device=order_k.device)
         for row, size in enumerate(sizes):
             added_rf[row, order_k[:size]] = grafts.own_f[order_k[:size]]
@@ -202,7 +202,7 @@ def changed_nodes(grafts: Grafts, effect_f: Tensor, within: float) -> Tensor:
     return torch.zeros_like(grafts.nodes_f).index_fill_(0, order_k[:high], True)
 
 
-def _masked(coupling: CoupledModels, question: Question, followed: Followed, base: CoupledModels) -> MaskedModel:
+def _masked_model(coupling: CoupledModels, question: Question, followed: Followed, base: CoupledModels) -> MaskedModel:
     """Return the sparse model of a coupling with means over the base's reference text."""
     if base.reference_bt is None:
         raise DiffError("the base coupling", "holds no reference text to take means over", "fit it again")
@@ -211,7 +211,7 @@ def _masked(coupling: CoupledModels, question: Question, followed: Followed, bas
     )
 
 
-def _listed(
+def _list_nodes(
     grafts: Grafts, masked: Sequence[MaskedModel], effect_f: Tensor, changed_f: Tensor, known: PromptDiff, config: DiffConfig
 ) -> tuple[tuple[ChangedNode, ...], tuple[ShiftedEffect, ...]]:
     """Return the changed nodes, largest shares first, and the other nodes whose effects differ most."""
@@ -244,7 +244,7 @@ def _where(node: Node, known: PromptDiff) -> tuple[str, str, int, str]:
     return str(node), node.name, position, known.tokens[position]
 
 
-def _edges(
+def _changed_edges(
     tuned: CoupledModels, grafts: Grafts, masked: Sequence[MaskedModel], changed_f: Tensor, config: DiffConfig
 ) -> tuple[ChangedEdge, ...]:
     """Return the changed weights into changed nodes that have an effect, largest effects first; sources at 0 have none."""
@@ -289,12 +289,12 @@ def _transplant(
     own_f, size = grafts.own_f, masked.space.size
     matched_cf = torch.zeros(config.draws, grafts.space.size, dtype=torch.bool, device=own_f.device)
     matched_cf[:, :size] = matched_nodes(masked, changed_f[:size], config.draws, generator)
-    displaced = [displaced_changes(grafts, changed_f, other_f) for other_f in matched_cf]
+    displaced = [changes_at_other_nodes(grafts, changed_f, other_f) for other_f in matched_cf]
     rows = [own_f * changed_f, own_f * grafts.nodes_f, *(own_f * other_f for other_f in matched_cf), *displaced]
     added_rf = torch.stack(rows)
-    share_r = transplanted(base, grafts, followed, added_rf) / change
+    share_r = gain_by_transplant(base, grafts, followed, added_rf) / change
     transporter = Transporter(base, CircuitLoss(masked, followed.dense_bv, SearchConfig()), followed.dense, masked.is_error_f)
-    by_site = at_sites(transporter, grafts, torch.stack(rows[:2])) / change
+    by_site = gain_by_site(transporter, grafts, torch.stack(rows[:2])) / change
     shares, draws = share_r.tolist(), config.draws
     return Transplant(
         share=shares[0], all_nodes=shares[1], matched=tuple(shares[2 : 2 + draws]), displaced=tuple(shares[2 + draws :]),
@@ -303,14 +303,16 @@ def _transplant(
 
 
 @torch.no_grad()
-def transplanted(base: CoupledModels, grafts: Grafts, followed: Followed, added_rf: Tensor) -> Tensor:
+def gain_by_transplant(base: CoupledModels, grafts: Grafts, followed: Followed, added_rf: Tensor) -> Tensor:
     """Return gained_r: the change of d of the base's dense model, in nats, with every sublayer's changes at its own site."""
     gained = []
-    for some_rf in added_rf.split(grafts.rows):
+    for some_rf in added_rf.split(grafts.rows_per_batch):
         residuals, changes = grafts.run(some_rf).residuals, dict[int, Tensor]()
         for site, x_rts in enumerate(residuals[:-1]):
             own_rts = residuals[site + 1] - grafts.errors[Location(site + 1, ERROR)] - base.sparse.sublayer(site)(x_rts)
-            own_rts = torch.where(grafts.writes(site, some_rf), own_rts, 0)  # exactly 0 if the graft changes no node there
+            own_rts = torch.where(
+                grafts.rows_writing_at(site, some_rf), own_rts, 0
+            )  # exactly 0 if the graft changes no node there
             if bool(own_rts.any()):
                 changes[site + 1] = decode_changes(base, torch.full((len(some_rf),), site + 1), own_rts)
         tokens_rt = grafts.question.prompt_bt.expand(len(some_rf), -1)
@@ -320,7 +322,7 @@ def transplanted(base: CoupledModels, grafts: Grafts, followed: Followed, added_
     return torch.cat(gained)
 
 
-def at_sites(transporter: Transporter, grafts: Grafts, added_rf: Tensor) -> Tensor:
+def gain_by_site(transporter: Transporter, grafts: Grafts, added_rf: Tensor) -> Tensor:
     """Return gained_rj: the change of d, in nats, if the whole change of the stream at site j enters only there."""
     plain_rf = torch.cat([torch.zeros_like(added_rf[:1]), added_rf])  # in one batch, so that rounding cancels if nothing changes
     residuals = grafts.run(plain_rf).residuals
@@ -330,10 +332,10 @@ def at_sites(transporter: Transporter, grafts: Grafts, added_rf: Tensor) -> Tens
     return -lost_k.view(len(added_rf), -1) * transporter.loss.span
 
 
-def displaced_changes(grafts: Grafts, changed_f: Tensor, other_f: Tensor) -> Tensor:
+def changes_at_other_nodes(grafts: Grafts, changed_f: Tensor, other_f: Tensor) -> Tensor:
     """Return added_f: the changed nodes' changes at other nodes of the same location and position; the surplus is dropped."""
     added = torch.zeros_like(grafts.own_f)
-    places = [_by_place(grafts, mask_f) for mask_f in (changed_f, other_f)]
+    places = [_indices_by_place(grafts, mask_f) for mask_f in (changed_f, other_f)]
     for place, node_k in places[0].items():
         other_k = places[1].get(place, [])
         for node, other in zip(node_k, other_k, strict=False):
@@ -341,7 +343,7 @@ def displaced_changes(grafts: Grafts, changed_f: Tensor, other_f: Tensor) -> Ten
     return added
 
 
-def _by_place(grafts: Grafts, mask_f: Tensor) -> dict[tuple[Location, int | None], list[int]]:
+def _indices_by_place(grafts: Grafts, mask_f: Tensor) -> dict[tuple[Location, int | None], list[int]]:
     found = defaultdict[tuple[Location, int | None], list[int]](list)
     for place in mask_f.nonzero().flatten().tolist():
         node = grafts.space.node(place)

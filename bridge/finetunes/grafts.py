@@ -110,14 +110,14 @@ class Grafts:
         """Mask of the changes that belong to nodes."""
         return self.kind_f == 0
 
-    def writes(self, site: int, added_rf: Tensor) -> Tensor:
+    def rows_writing_at(self, site: int, added_rf: Tensor) -> Tensor:
         """Return wrote_r11, the mask of the grafts that change a node of the sublayer that reads a site."""
         parts = self.space.split(added_rf)
         here = [parts[at].flatten(1).any(1) for at in self.own if self.sparse.site(at) == site]
         return torch.stack(here).any(0)[:, None, None]
 
     @property
-    def rows(self) -> int:
+    def rows_per_batch(self) -> int:
         """Number of grafts in a batch."""
         return max(1, _ROW_TOKENS // self.space.n_tokens)
 
@@ -140,13 +140,13 @@ class Grafts:
     @torch.no_grad()
     def difference(self, added_rf: Tensor) -> Tensor:
         """Return d_r of the question for each graft."""
-        return torch.cat([self._difference(some_rf) for some_rf in added_rf.split(self.rows)])
+        return torch.cat([self._difference(some_rf) for some_rf in added_rf.split(self.rows_per_batch)])
 
     def attributions(self, alphas: int = 8) -> Tensor:
         """Return effect_f of each change on d, in nats: integrated gradients from no change to all; their sum is d's change."""
         total_f = torch.zeros_like(self.own_f)
         alpha_r1 = (torch.arange(alphas, device=total_f.device)[:, None] + 0.5) / alphas
-        for some_r1 in alpha_r1.split(self.rows):
+        for some_r1 in alpha_r1.split(self.rows_per_batch):
             with torch.enable_grad():
                 added_rf = (some_r1 * self.own_f).requires_grad_()
                 total_f += torch.autograd.grad(self._difference(added_rf).sum(), added_rf)[0].sum(0)

@@ -159,14 +159,14 @@ class Diff:
 
 def render_diff(diff: Diff, width: int = 100) -> str:
     """Return a diff as text: for one prompt its nodes and edges; for several prompts one line each, and the channels."""
-    lines = _of_prompt(diff.prompts[0], diff.least, width) if len(diff.prompts) == 1 else _table(diff, width)
-    lines += ["", f"VERDICT   {_sentence(diff)}", ""]
+    lines = _prompt_lines(diff.prompts[0], diff.least, width) if len(diff.prompts) == 1 else _table(diff, width)
+    lines += ["", f"VERDICT   {_summary_sentence(diff)}", ""]
     if diff.changed:
         lines += [*evidence_table([diff.transplant], width, places=True)]
     return "\n".join(lines).rstrip()
 
 
-def _sentence(diff: Diff) -> str:
+def _summary_sentence(diff: Diff) -> str:
     match diff.verdict:
         case "NOTHING CHANGED":
             return f"NOTHING CHANGED. No answer's d differs by {diff.least:g} nats or more between the two dense models."
@@ -183,7 +183,7 @@ def _answers(answers: tuple[Answer, ...]) -> str:
     return "  ".join(f"{answer.token.text!r} {answer.probability:.1%}" for answer in answers[:4])
 
 
-def _of_prompt(one: PromptDiff, least: float, width: int) -> list[str]:
+def _prompt_lines(one: PromptDiff, least: float, width: int) -> list[str]:
     why = "at all" if one.contrast is None else f"rather than {one.contrast.text!r}"
     lines = [
         f"prompt    {one.prompt!r}  ({len(one.tokens)} tokens)",

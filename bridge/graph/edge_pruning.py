@@ -117,7 +117,7 @@ class EdgeMaskedModel:
     @torch.no_grad()
     def miss(self, kept_re: Tensor) -> Tensor:
         """Return miss_r of the circuit with some of its edges; edges that are not weights between nodes are always kept."""
-        return torch.cat([self._miss(some_re) for some_re in kept_re.split(self.loss.masked.rows)])
+        return torch.cat([self._miss(some_re) for some_re in kept_re.split(self.loss.masked.rows_per_batch)])
 
     def _miss(self, kept_re: Tensor) -> Tensor:
         flow, value = self.flow, dict[Location, Tensor]()

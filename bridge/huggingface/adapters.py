@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from bridge.errors import first_line, reraise_as
-from bridge.huggingface.site_discovery import PARITY_FP32, DenseModelError, context_of, forward, largest, probe_tokens
+from bridge.huggingface.site_discovery import PARITY_FP32, DenseModelError, context_of, forward, largest_magnitude, probe_tokens
 
 if TYPE_CHECKING:
     from peft import PeftConfig
@@ -33,7 +33,7 @@ def has_adapter(model: nn.Module) -> bool:
     return hasattr(model, "peft_config")
 
 
-def base_of(model: nn.Module) -> Any:
+def inner_model(model: nn.Module) -> Any:
     """Return the transformers model inside a model with adapters, which may be the model itself."""
     from transformers import PreTrainedModel
 
@@ -72,8 +72,8 @@ def with_adapter(model: Any, folder: Path, adapter: str, name: str) -> Any:
     from peft import get_peft_model
 
     who, remedy = f"adapter {adapter!r}", "give the model that it was trained on"
-    config = _config(folder, who)
-    n_added = _resized(model, folder, config)
+    config = _read_config(folder, who)
+    n_added = _add_tokens(model, folder, config)
     with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):  # PEFT fills an adapter at random before it loads it
         warnings.simplefilter("ignore")  # the loading report is checked below
         with reraise_as(DenseModelError, who, f"does not fit model {name!r}", remedy):
@@ -85,10 +85,10 @@ def with_adapter(model: Any, folder: Path, adapter: str, name: str) -> Any:
     for keys, problem in ((unused, "has weights for what is not in it"), (unfilled, "has no weights for what it changes")):
         if keys:
             raise DenseModelError(who, f"does not fit model {name!r}: it {problem}, {min(keys)} ({len(keys)} such)", remedy)
-    return merged(peft_model, who, name, n_added)
+    return merge_adapters(peft_model, who, name, n_added)
 
 
-def merged(model: Any, who: str, name: str, n_added: int = 0) -> Any:
+def merge_adapters(model: Any, who: str, name: str, n_added: int = 0) -> Any:
     """Return a plain transformers model that computes the same as a model with PEFT adapters; `model` is changed in place.
 
     `who` names the adapters in errors; those that are switched off are left out. The last `n_added` tokens must have weights from
@@ -97,8 +97,8 @@ def merged(model: Any, who: str, name: str, n_added: int = 0) -> Any:
     from peft.tuners.tuners_utils import BaseTunerLayer
     from peft.utils.other import AuxiliaryTrainingWrapper
 
-    plain = base_of(model)
-    kinds = ", ".join(sorted({_kind(config) for config in model.peft_config.values()}))
+    plain = inner_model(model)
+    kinds = ", ".join(sorted({_adapter_kind(config) for config in model.peft_config.values()}))
     problem = f"{who} ({kinds}) cannot be merged into the weights of model {name!r}"
     layer_types = (BaseTunerLayer, AuxiliaryTrainingWrapper)
     model.eval()
@@ -129,19 +129,22 @@ def merged(model: Any, who: str, name: str, n_added: int = 0) -> Any:
     for wanted, got, what in ((wanted_btv, got_btv, "logits"), (wanted_vd, got_vd, "embeddings")):
         if wanted.shape != got.shape:
             raise DenseModelError(f"{problem}: with it there", f"are {what} of another shape", _OTHER_KIND)
-        error, tolerance = largest(got - wanted), max(PARITY_FP32, 8 * torch.finfo(got.dtype).eps) * max(1.0, largest(wanted))
+        error, tolerance = (
+            largest_magnitude(got - wanted),
+            max(PARITY_FP32, 8 * torch.finfo(got.dtype).eps) * max(1.0, largest_magnitude(wanted)),
+        )
         if not error <= tolerance < torch.inf:
             rule = f"would be off by {error:.2g} (tolerance {tolerance:.2g})"
             raise DenseModelError(f"{problem}: {what}", rule, _OTHER_KIND)
     return plain
 
 
-def _kind(config: PeftConfig) -> str:
+def _adapter_kind(config: PeftConfig) -> str:
     """Return PEFT's name for the kind of an adapter."""
     return str(getattr(config.peft_type, "value", config.peft_type))
 
 
-def _config(folder: Path, who: str) -> PeftConfig:
+def _read_config(folder: Path, who: str) -> PeftConfig:
     """Return an adapter's configuration. Raises DenseModelError if it cannot be merged into a causal language model."""
     from peft import PeftConfig
 
@@ -158,12 +161,12 @@ def _config(folder: Path, who: str) -> PeftConfig:
     if config.task_type not in (None, "CAUSAL_LM"):
         raise DenseModelError(who, f"is for the task {config.task_type}", "give one that was trained as a CAUSAL_LM")
     if getattr(config, "is_prompt_learning", False) or getattr(config, "is_adaption_prompt", False):
-        rule = f"is {_kind(config)}, which changes no weights and cannot be merged into them"
+        rule = f"is {_adapter_kind(config)}, which changes no weights and cannot be merged into them"
         raise DenseModelError(who, rule, _OTHER_KIND)
     return config
 
 
-def _resized(model: Any, folder: Path, config: PeftConfig) -> int:
+def _add_tokens(model: Any, folder: Path, config: PeftConfig) -> int:
     """Add to the model the tokens that only the adapter has, with nan weights for it to replace; return how many were added."""
     from safetensors import safe_open
 

@@ -18,7 +18,7 @@ WRAPPERS = {"OptimizedModule": "_orig_mod", "DataParallel": "module", "Distribut
 PLAIN = (nn.Parameter, Tensor)
 
 
-def unwrapped(model: Any) -> Any:
+def unwrap(model: Any) -> Any:
     """Return the model inside torch.compile, DataParallel or DistributedDataParallel; the model itself if it is not wrapped."""
     while isinstance(model, nn.Module) and type(model).__name__ in WRAPPERS:
         model = model._modules[WRAPPERS[type(model).__name__]]
@@ -47,7 +47,7 @@ def check_weights(model: nn.Module, who: str, *, spread: bool = False) -> None:
         raise DenseModelError(who, f"cannot be read: {what}", "load it without device_map, or move it with model.to(...)")
 
 
-def twin_of(model: nn.Module, *, own_weights: bool = False) -> Any:
+def copy_model(model: nn.Module, *, own_weights: bool = False) -> Any:
     """Return a copy with its own hooks, mode and requires_grad, which shares the weights unless it gets `own_weights`."""
     shared: dict[int, Any] = {}
     if not own_weights:
@@ -61,7 +61,7 @@ def twin_of(model: nn.Module, *, own_weights: bool = False) -> Any:
         elif isinstance(value, (dict, list, tuple)):
             kept += value.values() if isinstance(value, dict) else value
     for module in reversed([*model.modules()]):  # innermost first: the copy has the original of a compiled module
-        if (inner := unwrapped(module)) is not module:
+        if (inner := unwrap(module)) is not module:
             shared[id(module)] = copy.deepcopy(inner, shared)
     twin = copy.deepcopy(model, shared)
     for module in twin.modules():

@@ -95,7 +95,7 @@ class Prompts:
             what = f"the tokenizer of {self._who} changes a text's own tokens when it adds to them"
             raise PromptError(what, remedy="give another one")
         prefix = prefixes.pop() if prefixes else ()
-        self._hold(prefix, "its tokenizer puts before every text")
+        self._check_vocabulary(prefix, "its tokenizer puts before every text")
         return prefix
 
     @property
@@ -103,7 +103,7 @@ class Prompts:
         """Id of the token that ends a text; None if the tokenizer has none."""
         end: Any = getattr(self.tokenizer, "eos_token_id", None)
         if end is not None:
-            self._hold([end], "its tokenizer ends a text with")
+            self._check_vocabulary([end], "its tokenizer ends a text with")
         return end
 
     @property
@@ -115,12 +115,12 @@ class Prompts:
         """Return each text's own tokens, with none added before or after. Raises PromptError for an id that the model lacks."""
         rows = self._plain(texts)
         for row in rows:
-            self._hold(row, "the text holds")
+            self._check_vocabulary(row, "the text holds")
         return rows
 
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
         """Return each text's tokens as the model receives them: the prefix, unless the text begins with it, and its own."""
-        return [[*self._before(body), *body] for body in self.bodies(texts)]
+        return [[*self._prefix_for(body), *body] for body in self.bodies(texts)]
 
     def read(self, prompt: str, context: int) -> list[int]:
         """Return a prompt's tokens. Raises PromptError if it is empty, longer than `context`, or not readable as text."""
@@ -132,7 +132,7 @@ class Prompts:
         if self.special.issuperset(body):
             but = f" but for {self._listed(body)}" if body else ""
             raise PromptError("the prompt", f"is empty{but}", remedy)
-        tokens = [*self._before(body), *body]
+        tokens = [*self._prefix_for(body), *body]
         if len(tokens) > context:
             rule = f"is {len(tokens)} tokens long, and the context is {context}"
             raise PromptError("the prompt", rule, "give its last part only")
@@ -184,7 +184,7 @@ class Prompts:
             if token is None:  # tokens are printed with Python escapes such as \n: undo these
                 token = self._named(_ESCAPE.sub(lambda match: ast.literal_eval(f'"{match[0]}"'), given))
             if token is None:
-                raise self._unclear(given, prompt, role)
+                raise self._ambiguity_error(given, prompt, role)
         if token < 0 or (self.vocabulary is not None and token >= self.vocabulary):
             last = "" if self.vocabulary is None else f" to {self.vocabulary - 1}"
             raise PromptError(f"{role} {given}", "is no token of the dense model", f"ids go from 0{last}")
@@ -192,8 +192,8 @@ class Prompts:
 
     def _named(self, text: str) -> int | None:
         """Return the token named by a text; None if there is none."""
-        after = self._after(text)
-        token: Any = after.pop() if len(after) == 1 else self._spelled(text)
+        after = self._tokens_in_contexts(text)
+        token: Any = after.pop() if len(after) == 1 else self._token_spelled(text)
         return token if token is not None and self.text(token) == text else None
 
     def _after_prompt(self, text: str, prompt: str) -> int | None:
@@ -202,7 +202,7 @@ class Prompts:
         one = len(whole) == len(head) + 1 and whole[:-1] == head
         return whole[-1] if one and whole[-1] != self._there().unk_token_id else None
 
-    def _unclear(self, given: str, prompt: str, role: str) -> PromptError:
+    def _ambiguity_error(self, given: str, prompt: str, role: str) -> PromptError:
         """Return the error for a text that names no token, with the tokens that it may mean."""
         unknown: Any = self._there().unk_token_id
         head, whole, alone = self._plain([prompt, prompt + given, given]) if given else ([], [], [])
@@ -210,7 +210,7 @@ class Prompts:
         if tokens and set(tokens) == {unknown}:
             return PromptError(f"{role} {given!r}", "is not in the dense model's vocabulary", "give one of its tokens")
         spaced = [self._named(f" {given}"), self._after_prompt(f" {given}", prompt)] if given else []
-        meant: dict[int | None, None] = dict.fromkeys([self._spelled(given), *(alone if len(alone) == 1 else []), *spaced])
+        meant: dict[int | None, None] = dict.fromkeys([self._token_spelled(given), *(alone if len(alone) == 1 else []), *spaced])
         near = [t for t in meant if t is not None and t != unknown and (self.vocabulary is None or t < self.vocabulary)]
         what, pieces = f"{role} {given!r}", f"is {len(tokens)} token{'' if len(tokens) == 1 else 's'} ({self._listed(tokens)})"
         if near:
@@ -232,11 +232,11 @@ class Prompts:
         rows: Any = self._there()(list(texts), add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
         return rows
 
-    def _before(self, body: Sequence[int]) -> tuple[int, ...]:
+    def _prefix_for(self, body: Sequence[int]) -> tuple[int, ...]:
         """Return the prefix, or () if the text already begins with it, as the text of a chat template does."""
         return () if tuple(body[: len(self.prefix)]) == self.prefix else self.prefix
 
-    def _hold(self, tokens: Sequence[int], whose: str) -> None:
+    def _check_vocabulary(self, tokens: Sequence[int], whose: str) -> None:
         """Raise PromptError for an id beyond the model's vocabulary."""
         if self.vocabulary is not None and tokens and (beyond := max(tokens)) >= self.vocabulary:
             rule = f"has the ids 0 to {self.vocabulary - 1}: tokens were added to the tokenizer alone"
@@ -244,31 +244,31 @@ class Prompts:
             raise PromptError(f"{whose} {self._shown(beyond)}, and {self._who}", rule, remedy)
 
     def _shown(self, token: int) -> str:
-        return shown(self.text(token), token)
+        return describe_token(self.text(token), token)
 
     def _listed(self, tokens: Sequence[int]) -> str:
         names = [repr(self.text(token)) for token in tokens[:_SHOWN]]
         return " ".join([*names, *(["..."] if len(tokens) > _SHOWN else [])]) or "none"
 
     @cached_property
-    def _joined(self) -> bool:
+    def _joins_with_spaces(self) -> bool:
         """Whether the tokenizer joins its tokens with spaces, so that a token that continues a text always follows a space."""
         backend: Any = getattr(self._there(), "backend_tokenizer", None)
         return backend is not None and backend.decoder is None
 
     @cached_property
-    def _places(self) -> list[tuple[str, list[int]]]:
+    def _trial_contexts(self) -> list[tuple[str, list[int]]]:
         """Texts after which names are tried, and their tokens."""
-        texts = [f"{place} " if self._joined else place for place in PLACES]
+        texts = [f"{place} " if self._joins_with_spaces else place for place in PLACES]
         return [(text, tokens) for text, tokens in zip(texts, self._plain(texts), strict=True) if tokens]
 
-    def _after(self, text: str) -> set[int]:
+    def _tokens_in_contexts(self, text: str) -> set[int]:
         """Return the tokens of a text after a letter, a digit and a mark, leaving out those after which it is not one token."""
-        rows = self._plain([place + text for place, _ in self._places]) if text and self._places else []
-        pairs = zip(rows, (tokens for _, tokens in self._places), strict=False)
+        rows = self._plain([place + text for place, _ in self._trial_contexts]) if text and self._trial_contexts else []
+        pairs = zip(rows, (tokens for _, tokens in self._trial_contexts), strict=False)
         return {row[-1] for row, head in pairs if len(row) == len(head) + 1 and row[:-1] == head}
 
-    def _spelled(self, text: str) -> int | None:
+    def _token_spelled(self, text: str) -> int | None:
         """Return the token with that spelling in the tokenizer; None if there is none."""
         tokenizer = self._there()
         token: Any = tokenizer.convert_tokens_to_ids(text) if text else None
@@ -278,13 +278,13 @@ class Prompts:
         if token not in self._ids:  # padding of the model's vocabulary, or there is no tokenizer
             return f"#{token}"
         piece: Any = self._there().convert_ids_to_tokens(token)
-        own = self._own(token)
+        own = self._continuation_text(token)
         for text in dict.fromkeys((own, piece)):
             if _NUMBER.fullmatch(text) or unencodable_character(text):
                 continue
-            after = self._after(text)
+            after = self._tokens_in_contexts(text)
             spelled = not after and text == piece and (text == own or text.isascii())
-            if after == {token} or (spelled and self._spelled(text) == token):
+            if after == {token} or (spelled and self._token_spelled(text) == token):
                 return text
         return f"#{token}"
 
@@ -296,15 +296,15 @@ class Prompts:
     def _added(self) -> dict[int, str]:
         return {token: str(added) for token, added in cast(Any, self._there()).added_tokens_decoder.items()}
 
-    def _own(self, token: int) -> str:
+    def _continuation_text(self, token: int) -> str:
         """Return the text that a token adds when it continues a text."""
         if token in self._added:
             return self._added[token]
-        head = [] if self._joined or not self._places else self._places[0][1]
+        head = [] if self._joins_with_spaces or not self._trial_contexts else self._trial_contexts[0][1]
         return self.continued(head, [token]) if head else self.decode([token])
 
 
-def shown(text: str, token: int) -> str:
+def describe_token(text: str, token: int) -> str:
     """Return a token as messages show it: its name as a Python literal, and its id."""
     return text if _NUMBER.fullmatch(text) else f"{text!r} (#{token})"
 

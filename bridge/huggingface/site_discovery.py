@@ -54,7 +54,7 @@ class DenseBlock:
     middle: Middle | None
     returns: int | None
 
-    def handing_on(self, args: tuple, kwargs: dict) -> Any:
+    def skipped_output(self, args: tuple, kwargs: dict) -> Any:
         """Return the output of a block that does nothing: its input residual, and None for each further value."""
         x = first_tensor(args, kwargs)
         return x if self.returns is None else (x, *[None] * (self.returns - 1))
@@ -64,7 +64,7 @@ class DenseBlock:
 
 
 @dataclass(frozen=True)
-class _Seen:
+class _WatchedCall:
     """One call of a submodule while its block was watched; input and output are None unless of the residual's size."""
 
     path: str
@@ -80,7 +80,7 @@ class _Seen:
 
 
 @dataclass(frozen=True)
-class _Call:
+class _BlockCall:
     """One block's input and output; `returns` is the number of values returned, None if the output is the residual."""
 
     block: nn.Module
@@ -90,12 +90,12 @@ class _Call:
     output_btd: Tensor
     returns: int | None
 
-    def again(self, x_btd: Tensor, replaced: Mapping[nn.Module, Tensor] | None = None) -> tuple[Tensor, list[_Seen]]:
+    def rerun(self, x_btd: Tensor, replaced: Mapping[nn.Module, Tensor] | None = None) -> tuple[Tensor, list[_WatchedCall]]:
         """Return the block's output for a residual, with some submodules' outputs replaced, and all submodules called once.
 
         Recorded tensors are cloned, because some models add in place (Falcon).
         """
-        seen: dict[str, list[_Seen]] = {}
+        seen: dict[str, list[_WatchedCall]] = {}
         starts: dict[str, tuple[int, Tensor | None]] = {}
         ticks = count()
 
@@ -111,7 +111,9 @@ class _Call:
                 old = output_tensor(output)
                 output = with_output_tensor(output, replaced[module].clone().reshape(old.shape))
             start, input_btd = starts[path]
-            seen.setdefault(path, []).append(_Seen(path, module, start, next(ticks), input_btd, residual(output_tensor(output))))
+            seen.setdefault(path, []).append(
+                _WatchedCall(path, module, start, next(ticks), input_btd, residual(output_tensor(output)))
+            )
             return output
 
         with ExitStack() as hooks:
@@ -123,9 +125,9 @@ class _Call:
             output_btd = output_tensor(self.block(*args, **kwargs)).clone()
         return output_btd, [calls[0] for calls in seen.values() if len(calls) == 1]
 
-    def gives(self, output_btd: Tensor) -> bool:
+    def matches_output(self, output_btd: Tensor) -> bool:
         """Return whether an output equals the block's, to 1/1000 of what the block adds (may be tiny beside the residual)."""
-        return largest(output_btd - self.output_btd) <= 1e-3 * largest(self.output_btd - self.x_btd)
+        return largest_magnitude(output_btd - self.output_btd) <= 1e-3 * largest_magnitude(self.output_btd - self.x_btd)
 
 
 def context_of(model: Any) -> int | None:
@@ -154,17 +156,17 @@ def forward(model: Any, tokens_bt: Tensor, *, last_only: bool = False) -> Tensor
     return logits_btv[:, -1:] if last_only else logits_btv
 
 
-def watch_blocks(model: Any, who: str, tokens_bt: Tensor) -> tuple[list[_Call], Tensor]:
+def watch_blocks(model: Any, who: str, tokens_bt: Tensor) -> tuple[list[_BlockCall], Tensor]:
     """Return each block's call on the probe, and the logits. Raises DenseModelError unless it is a causal LM of one stack."""
     depth = getattr(model.config.get_text_config(), "num_hidden_layers", None)
     lists = {path: blocks for path, blocks in model.named_modules() if isinstance(blocks, nn.ModuleList) and len(blocks) == depth}
-    calls: dict[nn.Module, list[_Call]] = {block: [] for blocks in lists.values() for block in blocks}
+    calls: dict[nn.Module, list[_BlockCall]] = {block: [] for blocks in lists.values() for block in blocks}
 
     def watch(block: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
         x, out = given.pop(block, None), output_tensor(output)
         if x is not None and isinstance(out, Tensor) and out.shape == x.shape and x.shape[:-1] == tokens_bt.shape:
             returns = None if out is output else len(output)
-            calls[block].append(_Call(block, args, kwargs, x, out.clone(), returns))
+            calls[block].append(_BlockCall(block, args, kwargs, x, out.clone(), returns))
 
     def keep(block: nn.Module, args: tuple, kwargs: dict) -> None:  # runs before the block, which may add in place
         x = first_tensor(args, kwargs)
@@ -186,8 +188,8 @@ def watch_blocks(model: Any, who: str, tokens_bt: Tensor) -> tuple[list[_Call], 
 
     half = tokens_bt.shape[1] // 2
     later_changed_bt = torch.cat([tokens_bt[:, :half], tokens_bt[:, half:].roll(1, 0)], 1)
-    effect = largest((forward(model, later_changed_bt) - logits_btv)[:, :half])
-    if not effect <= 16 * torch.finfo(logits_btv.dtype).eps * largest(logits_btv):
+    effect = largest_magnitude((forward(model, later_changed_bt) - logits_btv)[:, :half])
+    if not effect <= 16 * torch.finfo(logits_btv.dtype).eps * largest_magnitude(logits_btv):
         message = f"{who} is not causal: changing later tokens changes earlier logits by up to {effect:.2g}"
         raise DenseModelError(f"{message} (an encoder, such as BERT?)", remedy="give a decoder-only model")
 
@@ -203,15 +205,15 @@ def watch_blocks(model: Any, who: str, tokens_bt: Tensor) -> tuple[list[_Call], 
 # --- 2: the point between the sublayers of a block
 
 
-def wire(who: str, calls: Sequence[_Call]) -> tuple[DenseBlock, ...]:
+def find_middles(who: str, calls: Sequence[_BlockCall]) -> tuple[DenseBlock, ...]:
     """Return the blocks with their middles, found from their calls on the probe. Raises DenseModelError at one without a site."""
     blocks: list[DenseBlock] = []
     site, remedy = 0, "this architecture is not supported"
     for index, call in enumerate(calls):
         block = f"cannot be read at site {site}: block {index}"
         with reraise_as(DenseModelError, who, f"{block} does not run alone", remedy):
-            output_btd, seen = call.again(call.x_btd)
-        if not call.gives(output_btd):
+            output_btd, seen = call.rerun(call.x_btd)
+        if not call.matches_output(output_btd):
             raise DenseModelError(who, f"{block} depends on more than its arguments", remedy)
         middle = _find_middle(call, seen)
         if middle is None and not _is_parallel(call, seen):
@@ -222,11 +224,11 @@ def wire(who: str, calls: Sequence[_Call]) -> tuple[DenseBlock, ...]:
     return tuple(blocks)
 
 
-def _find_middle(call: _Call, seen: Sequence[_Seen]) -> Middle | None:
+def _find_middle(call: _BlockCall, seen: Sequence[_WatchedCall]) -> Middle | None:
     """Return the outermost, earliest reader that has a writer with which the block resumes exactly; None if there is none."""
     half = call.x_btd.shape[1] // 2
     earlier_changed_btd = torch.cat([call.x_btd[:, :half].roll(1, 0), call.x_btd[:, half:]], 1)
-    changed = {one.path: one.input_btd for one in call.again(earlier_changed_btd)[1]}
+    changed = {one.path: one.input_btd for one in call.rerun(earlier_changed_btd)[1]}
     for reader in sorted(seen, key=lambda one: (one.depth, one.start)):
         r_btd, changed_btd = reader.input_btd, changed.get(reader.path)
         # a first sublayer mixes tokens; without this check the residual after a norm alone can pass for a site (MiniMax)
@@ -242,12 +244,12 @@ def _find_middle(call: _Call, seen: Sequence[_Seen]) -> Middle | None:
                 written_btd, sums = r_btd, True
             else:
                 continue
-            if call.gives(call.again(r_btd, {writer.module: written_btd})[0]):
+            if call.matches_output(call.rerun(r_btd, {writer.module: written_btd})[0]):
                 return Middle(reader.module, writer.module, sums)
     return None
 
 
-def _is_parallel(call: _Call, seen: Sequence[_Seen]) -> bool:
+def _is_parallel(call: _BlockCall, seen: Sequence[_WatchedCall]) -> bool:
     """Return whether the block adds the outputs of two submodules, neither of which changes when the other's is set to zero.
 
     The sum alone is not enough: outputs of sequential sublayers add up as well if no module is at the point between them.
@@ -256,7 +258,7 @@ def _is_parallel(call: _Call, seen: Sequence[_Seen]) -> bool:
     modules = {one.path: one.module for one in seen}
 
     def unmoved(path: str, zeroed: str) -> bool:
-        _, now = call.again(call.x_btd, {modules[zeroed]: torch.zeros_like(wrote[zeroed])})
+        _, now = call.rerun(call.x_btd, {modules[zeroed]: torch.zeros_like(wrote[zeroed])})
         return any(one.path == path and one.output_btd is not None and torch.equal(one.output_btd, wrote[path]) for one in now)
 
     return any(
@@ -270,11 +272,11 @@ def _is_multiple(difference_btd: Tensor, w_btd: Tensor, sum_btd: Tensor) -> bool
     """Return whether difference = c * w for some c other than 0, up to the rounding of the sum that it was computed from."""
     difference, w = difference_btd.double(), w_btd.double()
     c = (difference * w).sum() / (w * w).sum()
-    rounding = 4 * torch.finfo(sum_btd.dtype).eps * largest(sum_btd)
-    return bool(c != 0) and largest(difference - c * w) <= 1e-3 * largest(difference) + rounding
+    rounding = 4 * torch.finfo(sum_btd.dtype).eps * largest_magnitude(sum_btd)
+    return bool(c != 0) and largest_magnitude(difference - c * w) <= 1e-3 * largest_magnitude(difference) + rounding
 
 
-def largest(x: Tensor) -> float:
+def largest_magnitude(x: Tensor) -> float:
     """Return the largest absolute value; infinity if a value is nan."""
     return x.abs().nan_to_num(torch.inf, torch.inf).max().item()
 

@@ -29,21 +29,21 @@ import torch
 from torch import Tensor, nn
 
 from bridge.errors import first_line
-from bridge.huggingface.adapters import TOKENIZER, adapter_folder, base_of, has_adapter, merged, with_adapter
+from bridge.huggingface.adapters import TOKENIZER, adapter_folder, has_adapter, inner_model, merge_adapters, with_adapter
 from bridge.huggingface.gguf_file import as_plain_model, find_gguf, loading_options
 from bridge.huggingface.identity import Identity, fingerprint_of, identity_of
-from bridge.huggingface.live import check_weights, twin_of, unwrapped
+from bridge.huggingface.live import check_weights, copy_model, unwrap
 from bridge.huggingface.prompts import Prompts, load_tokenizer
 from bridge.huggingface.site_discovery import (
     PARITY_FP32,
     PROBE_ROWS,
     DenseModelError,
     context_of,
+    find_middles,
     forward,
-    largest,
+    largest_magnitude,
     probe_tokens,
     watch_blocks,
-    wire,
 )
 from bridge.models.dense_run import DenseRun, Reached, active_runs, lock_runs
 from bridge.models.residual import EMBEDDING, Enter, Trace, check_sites
@@ -97,7 +97,7 @@ class DenseModel:
             self.width, self.vocabulary = calls[0].x_btd.shape[-1], logits_btv.shape[-1]
             rows = cast(Any, model.get_input_embeddings()).weight.shape[0]
             self.prompts = Prompts(tokenizer, min(rows, self.vocabulary), name=name, damage=damage)
-            self.blocks = wire(who, calls)
+            self.blocks = find_middles(who, calls)
             kinds = (("parallel",) if block.middle is None else ("attn", "mlp") for block in self.blocks)
             self.sublayers: tuple[str, ...] = tuple(kind for block in kinds for kind in block)
             self._skips_blocks = False
@@ -246,16 +246,16 @@ def load_dense(
             found = load_tokenizer(name, revision)  # the tokenizer, or why there is none
         check_weights(loaded, f"model {name!r}", spread=device_map is not None)
     else:
-        model = unwrapped(model)
+        model = unwrap(model)
         if not isinstance(model, nn.Module) or not hasattr(model, "config"):
             raise DenseModelError(f"a {type(model).__name__}", "is not a model", "give a hub id, a folder or a PreTrainedModel")
         check_weights(model, f"model {type(model).__name__!r}")
-        name, found, unused = type(base_of(model)).__name__, (None, ""), None
-        loaded = twin_of(model, own_weights=adapter is not None or has_adapter(model))
-    if base_of(loaded).config.is_encoder_decoder:
+        name, found, unused = type(inner_model(model)).__name__, (None, ""), None
+        loaded = copy_model(model, own_weights=adapter is not None or has_adapter(model))
+    if inner_model(loaded).config.is_encoder_decoder:
         raise DenseModelError(f"model {name!r}", "is an encoder-decoder model", "give a decoder-only causal language model")
     if has_adapter(loaded):
-        loaded = merged(loaded, "its adapter", name)
+        loaded = merge_adapters(loaded, "its adapter", name)
     if adapter is not None:
         folder = adapter_folder(str(adapter))
         if (folder / TOKENIZER).is_file():
@@ -369,8 +369,10 @@ def _check_parity(dense: DenseModel, who: str, tokens_bt: Tensor, logits_btv: Te
     """Resume at every site from another row's residual, a few sites in one batch, whose first row starts from its tokens."""
     plain = dense.run(tokens_bt)
     eps = torch.finfo(logits_btv.dtype).eps
-    tolerance = PARITY_FP32 if eps < 1e-6 else 8 * eps * largest(logits_btv)  # half precision: a few roundings of a logit
-    if not (error := largest(plain.logits_btv - logits_btv)) <= tolerance:
+    tolerance = (
+        PARITY_FP32 if eps < 1e-6 else 8 * eps * largest_magnitude(logits_btv)
+    )  # half precision: a few roundings of a logit
+    if not (error := largest_magnitude(plain.logits_btv - logits_btv)) <= tolerance:
         raise DenseModelError(who, f"gives different logits when its sites are recorded: off by up to {error:.2g}")
     errors: list[float] = []
     for first in range(0, dense.n_sites, PROBE_ROWS - 1):
@@ -379,8 +381,8 @@ def _check_parity(dense: DenseModel, who: str, tokens_bt: Tensor, logits_btv: Te
         donor_b = torch.where(site_b == EMBEDDING, 0, -1) + torch.arange(PROBE_ROWS)  # the row whose logits each should give
         x_btd = torch.stack([plain.residuals[site][row] for site, row in zip(site_b.tolist(), donor_b.tolist(), strict=True)])
         error_btv = dense.run(tokens_bt, Enter(site_b, x_btd)).logits_btv - logits_btv[donor_b]
-        bystander = largest(error_btv[site_b == EMBEDDING])
-        errors += [max(bystander, largest(error_tv)) for error_tv in error_btv[site_b != EMBEDDING]]
+        bystander = largest_magnitude(error_btv[site_b == EMBEDDING])
+        errors += [max(bystander, largest_magnitude(error_tv)) for error_tv in error_btv[site_b != EMBEDDING]]
     for site, error in enumerate(errors):
         if not error <= tolerance:
             reader = dense.sublayers[site] if site < len(dense.sublayers) else "unembedding"
@@ -401,6 +403,6 @@ def _can_skip_blocks(dense: DenseModel, tokens_bt: Tensor, tolerance: float) -> 
             logits_btv = dense.run(tokens_bt, Enter.at(site, plain.residuals[site])).logits_btv
         except (AttributeError, TypeError, IndexError, KeyError, RuntimeError):  # the model needs its blocks run
             return False
-        if not largest(logits_btv - plain.logits_btv) <= tolerance:
+        if not largest_magnitude(logits_btv - plain.logits_btv) <= tolerance:
             return False
     return True

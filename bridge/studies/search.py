@@ -192,7 +192,7 @@ def search_task(
         levels=levels,
         opening=config.opening,
         errors=tuple(space.node(place).name for place in (kept_f & ~nodes_f).nonzero().flatten().tolist()),
-        entries=_count_used_weights(subject, kept, task.splits["test"].both().to(subject.device)),
+        entries=_count_used_weights(subject, kept, task.splits["test"].both_members().to(subject.device)),
         dense_whole=None if size is None else whole_size(subjects.dense),
         dense=size,
         why_not_dense=why_not,
@@ -267,7 +267,7 @@ def _count_used_weights(subject: SparseSubject, kept: Mapping[Location, Tensor],
             read_s |= kept_1n[0]
         elif location.kind in ("attn_out", "mlp_out"):
             written_s |= kept_1n[0]
-    tokens = prompts.prompt_bt[prompts.there_bt].unique()
+    tokens = prompts.prompt_bt[prompts.is_prompt_bt].unique()
     answers = torch.cat([prompts.answer_bk, prompts.wrong_bk], 1).unique()
     answers = answers[answers >= 0]
     return {
@@ -297,7 +297,7 @@ def exchange_answers(pairs: TokenPairs, seed: int) -> TokenPairs:
     generator = torch.Generator().manual_seed(seed)
     from_b = torch.randperm(len(pairs), generator=generator)
     reversed_b = torch.randperm(len(pairs), generator=generator) % 2 == 0
-    dealt = pairs.both().rows(from_b + len(pairs) * reversed_b)
+    dealt = pairs.both_members().rows(from_b + len(pairs) * reversed_b)
     return replace(
         pairs, answer_bk=dealt.answer_bk, wrong_bk=dealt.wrong_bk, answer_not_b=dealt.answer_not_b, wrong_not_b=dealt.wrong_not_b
     )

@@ -98,7 +98,7 @@ def best_channels(coupling: CoupledModels, pairs: TokenPairs, most: int) -> list
         return x_btn + probe[location]
 
     with torch.enable_grad():
-        odds_b = pairs.difference(pairs.at_last(sparse.run(pairs.prompt_bt, gate=probing).logits_btv))
+        odds_b = pairs.difference(pairs.logits_at_last(sparse.run(pairs.prompt_bt, gate=probing).logits_btv))
         gradients = torch.autograd.grad(odds_b.sum(), list(probe.values()))
     there_bt1 = (torch.arange(pairs.prompt_bt.shape[1]) <= pairs.last_b[:, None])[..., None]
     changed = {
@@ -138,8 +138,8 @@ def main() -> None:
     sizes, circuits = coupling.sparse.locations(), dict(text.split("=", 1) for text in arguments.circuit)
     for name in arguments.task:
         task = resolve(load_task(name), coupling.dense.tokenizer, context=coupling.context, splits=("train", "test"))
-        pairs = task.splits["test"].rows(torch.arange(min(arguments.pairs, len(task.splits["test"])))).both()
-        train = task.splits["train"].rows(torch.arange(min(64, len(task.splits["train"])))).both()
+        pairs = task.splits["test"].rows(torch.arange(min(arguments.pairs, len(task.splits["test"])))).both_members()
+        train = task.splits["train"].rows(torch.arange(min(64, len(task.splits["train"])))).both_members()
         counterfactual = [
             sides(
                 pairs, row, coupling.dense.run(pairs.counterfactual_bt[row, : int(pairs.last_b[row]) + 1][None]).logits_btv[0, -1]

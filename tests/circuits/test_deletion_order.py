@@ -38,7 +38,7 @@ def loss_on(question: Question, seed: int) -> CircuitLoss:
 
 @pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize(
-    "question", [Question.of_prompt(torch.tensor([0]), 3, 4), Question.of_pairs(planted_pairs(3, (4, 6)).both())]
+    "question", [Question.of_prompt(torch.tensor([0]), 3, 4), Question.of_pairs(planted_pairs(3, (4, 6)).both_members())]
 )
 def test_each_next_node_is_the_one_whose_deletion_costs_least(question: Question, seed: int) -> None:
     loss, level = loss_on(question, seed), Level(0.9)
@@ -62,8 +62,8 @@ def test_of_many_nodes_several_go_at_once(monkeypatch: pytest.MonkeyPatch) -> No
     loss, node_k, level = loss_on(Question.of_prompt(torch.tensor([0]), 3, 4), 2), torch.arange(NODES), Level(0.9)
     kept_f = torch.ones(NODES, dtype=torch.bool)
     alone = deletion_order(loss, loss.superset_uf, kept_f, node_k, level).tolist()
-    monkeypatch.setattr(deletion_order_module, "_ONE_BY_ONE", NODES // 2)
-    monkeypatch.setattr(deletion_order_module, "_PARTS", 3)
+    monkeypatch.setattr(deletion_order_module, "_MAX_NODES_ONE_BY_ONE", NODES // 2)
+    monkeypatch.setattr(deletion_order_module, "_STEP_DIVISOR", 3)
     several = deletion_order(loss, loss.superset_uf, kept_f, node_k, level).tolist()
     assert several[0] == alone[0] and several != alone and sorted(several) == sorted(alone)
 

@@ -122,13 +122,13 @@ def test_masks_over_a_dense_models_nodes_are_literal_interventions(kind: str) ->
     subject, pairs = DenseSubject(dense, CORPUS), planted_pairs(6, (4, 6))
     masked = MaskedDense(subject, Question.of_pairs(replace_tokens(pairs)))
     every_bf = torch.ones(len(pairs), masked.space.size, dtype=torch.bool)
-    torch.testing.assert_close(masked.logits(every_bf), pairs.at_last(dense.run(masked.question.prompt_bt).logits_btv))
+    torch.testing.assert_close(masked.logits(every_bf), pairs.logits_at_last(dense.run(masked.question.prompt_bt).logits_btv))
     kept_f = torch.rand(masked.space.size, generator=torch.Generator().manual_seed(1)) < 0.5
     parts = masked.space.split(kept_f)
     logits_btv = subject.run(
         masked.question.prompt_bt, lambda at, x_btn: torch.where(parts[at][0], x_btn, subject.means[at].to(x_btn.dtype))
     )
-    torch.testing.assert_close(masked.logits(kept_f.expand(len(pairs), -1)), pairs.at_last(logits_btv))
+    torch.testing.assert_close(masked.logits(kept_f.expand(len(pairs), -1)), pairs.logits_at_last(logits_btv))
 
     # gradients against a small step
     mask_f = torch.rand(masked.space.size, generator=torch.Generator().manual_seed(2))

@@ -35,7 +35,7 @@ def masked_models(
     sparse.requires_grad_(False)
     alter(coupling)
     corpus_bt = torch.randint(2, VOCABULARY, (6, CONTEXT), generator=torch.Generator().manual_seed(5))
-    pairs, prompt = Question.of_pairs(planted_pairs(5, (4, 6)).both()), Question.of_prompt(corpus_bt[0, :7].clone(), 3)
+    pairs, prompt = Question.of_pairs(planted_pairs(5, (4, 6)).both_members()), Question.of_prompt(corpus_bt[0, :7].clone(), 3)
     question = pairs if several else prompt
     followed = follow_dense(coupling, question.prompt_bt, question.last_b)
     means = {**corpus_means(sparse, corpus_bt), **error_means(coupling, corpus_bt)}

@@ -31,7 +31,7 @@ def loss_of(sparse: SparseTransformer, question: Question, config: SearchConfig 
 
 @pytest.fixture
 def loss(dense: DenseModel) -> CircuitLoss:
-    return loss_of(untrained(dense).sparse.requires_grad_(False), Question.of_pairs(planted_pairs(4, (4, 6)).both()))
+    return loss_of(untrained(dense).sparse.requires_grad_(False), Question.of_pairs(planted_pairs(4, (4, 6)).both_members()))
 
 
 def random_masks(loss: CircuitLoss, count: int = 2) -> Tensor:
@@ -50,7 +50,7 @@ def literal_logits(loss: CircuitLoss, kept_f: Tensor) -> Tensor:
 
 
 def test_a_circuit_is_as_far_off_as_the_prompts_are_in_the_mean_or_one_by_one(loss: CircuitLoss) -> None:
-    pairs, kept_cf = planted_pairs(4, (4, 6)).both(), random_masks(loss)
+    pairs, kept_cf = planted_pairs(4, (4, 6)).both_members(), random_masks(loss)
     for level in (Level(0.9), Level(None)):
         for kept_f, off in zip(kept_cf, loss.distance_alone(loss.logits(kept_cf), level), strict=True):
             logits_bv = literal_logits(loss, kept_f)
@@ -74,7 +74,7 @@ def test_supersets_are_held_to_their_spread_over_prompts_as_well(loss: CircuitLo
 
 
 def test_what_a_deletion_leaves_is_a_mean_over_the_prompts(loss: CircuitLoss) -> None:
-    pairs, (kept_f, _) = planted_pairs(4, (4, 6)).both(), random_masks(loss)
+    pairs, (kept_f, _) = planted_pairs(4, (4, 6)).both_members(), random_masks(loss)
     without, nothing, whole = (
         pairs.difference(literal_logits(loss, mask_f)).mean()
         for mask_f in (~kept_f, torch.zeros_like(kept_f), torch.ones_like(kept_f))
@@ -106,7 +106,7 @@ def test_the_gradient_over_prompts_is_that_of_finite_differences(loss: CircuitLo
 
 def test_a_node_deleted_from_one_of_the_prompts(loss: CircuitLoss) -> None:
     kept_f, node_k = torch.ones(loss.masked.space.size, dtype=torch.bool), torch.arange(0, loss.masked.space.size, 17)
-    logits_kv = loss.masked.only(3).logits_without(kept_f, node_k)
+    logits_kv = loss.masked.on_prompt(3).logits_without(kept_f, node_k)
     for node, logits_v in zip(node_k.tolist(), logits_kv, strict=True):
         without_f = kept_f.clone()
         without_f[node] = False
@@ -115,8 +115,8 @@ def test_a_node_deleted_from_one_of_the_prompts(loss: CircuitLoss) -> None:
 
 def test_the_circuit_of_a_task_is_what_was_planted(dense: DenseModel) -> None:
     sparse = planted_sparse(dense, decoys=4)
-    train = loss_of(sparse, Question.of_pairs(planted_pairs(8, (4, 6)).both()))
-    held = loss_of(sparse, Question.of_pairs(planted_pairs(4, (5, 6), seed=3).both()))
+    train = loss_of(sparse, Question.of_pairs(planted_pairs(8, (4, 6)).both_members()))
+    held = loss_of(sparse, Question.of_pairs(planted_pairs(4, (5, 6), seed=3).both_members()))
     found = find_nested(held, train=train)
     place = CONFIG.opening
     names = {held.masked.space.node(place).name for place in found.kept(place).nonzero().flatten().tolist()}
@@ -127,6 +127,6 @@ def test_the_circuit_of_a_task_is_what_was_planted(dense: DenseModel) -> None:
 
 
 def test_a_seed_finds_the_same_again(dense: DenseModel) -> None:
-    loss = loss_of(untrained(dense).sparse.requires_grad_(False), Question.of_pairs(planted_pairs(4).both()))
+    loss = loss_of(untrained(dense).sparse.requires_grad_(False), Question.of_pairs(planted_pairs(4).both_members()))
     first, again = find_nested(loss), find_nested(loss)
     assert torch.equal(first.level_f, again.level_f)

@@ -28,11 +28,11 @@ def test_switched_on_are_the_nodes_of_each_prompt_by_itself(subject: SparseSubje
 
 
 def test_keeping_every_node_is_the_model_exactly(subject: SparseSubject) -> None:
-    pairs = planted_pairs().both()
+    pairs = planted_pairs().both_members()
     every_f = torch.ones(subject.space.size, dtype=torch.bool)
     whole_bv = subject.logits(pairs)
     assert torch.equal(subject.logits(pairs, masked_gate(subject, every_f)), whole_bv)
-    torch.testing.assert_close(whole_bv, pairs.at_last(subject.sparse.run(pairs.prompt_bt).logits_btv))
+    torch.testing.assert_close(whole_bv, pairs.logits_at_last(subject.sparse.run(pairs.prompt_bt).logits_btv))
 
 
 def test_prompts_of_several_lengths_are_asked_at_their_last_tokens(subject: SparseSubject) -> None:

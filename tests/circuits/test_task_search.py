@@ -106,7 +106,7 @@ def test_prompts_that_are_learnt_from_are_of_other_pairs_than_those_that_circuit
 
 
 def test_the_measures_are_those_of_each_prompt_alone(coupling: CoupledModels) -> None:
-    pairs: TokenPairs = planted_pairs(4, (4, 6)).both()
+    pairs: TokenPairs = planted_pairs(4, (4, 6)).both_members()
     means = corpus_means(coupling.sparse, corpus()) | error_means(coupling, corpus())
     test = task_loss(coupling, means, pairs, CONFIG)
     size = test.masked.space.size
@@ -124,7 +124,7 @@ def test_the_measures_are_those_of_each_prompt_alone(coupling: CoupledModels) ->
     torch.testing.assert_close(everything_b, whole_b, atol=1e-3, rtol=1e-3)  # with every error the dense model
     singles = []
     for row in range(len(pairs)):
-        alone = test.masked.only(row)
+        alone = test.masked.on_prompt(row)
         logits_1v = alone.logits(kept_f[None])
         singles.append(alone.question.difference(logits_1v)[0])
     off = (torch.stack(singles) - whole_b).mean().abs()
@@ -133,7 +133,7 @@ def test_the_measures_are_those_of_each_prompt_alone(coupling: CoupledModels) ->
 
 
 def test_what_is_left_is_without_the_circuit(coupling: CoupledModels, dense: DenseModel) -> None:
-    coupling, pairs = planted(coupling, dense), planted_pairs(4).both()
+    coupling, pairs = planted(coupling, dense), planted_pairs(4).both_members()
     sparse = coupling.sparse
     means = corpus_means(sparse, corpus())
     test = task_loss(coupling, means, pairs, CONFIG, dense=False)
@@ -144,7 +144,7 @@ def test_what_is_left_is_without_the_circuit(coupling: CoupledModels, dense: Den
     def mean_difference(mask_f: torch.Tensor) -> float:
         masks = {at: kept_1n.expand(length, -1) for at, kept_1n in test.masked.space.split(mask_f).items()}
         logits_btv = sparse.run(pairs.prompt_bt, gate=ablation_gate(masks, means)).logits_btv
-        return float(pairs.difference(pairs.at_last(logits_btv)).mean())
+        return float(pairs.difference(pairs.logits_at_last(logits_btv)).mean())
 
     nothing, every = (mean_difference(torch.full_like(kept_f, kept)) for kept in (False, True))
     assert one.left == pytest.approx((mean_difference(~kept_f) - nothing) / (every - nothing), rel=1e-3, abs=1e-4)

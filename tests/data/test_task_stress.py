@@ -13,7 +13,7 @@ from support.models import CONTEXT, VOCABULARY, tiny_tokenizer
 from transformers import AutoTokenizer
 
 from bridge.data.task_pairs import Example, load_task
-from bridge.data.task_stress import _is_code, _names, _renamed, _rules, stress_pairs
+from bridge.data.task_stress import _is_code, _names, _replace_names, _rules, stress_pairs
 from bridge.data.task_tokens import TokenPairs, resolve
 from bridge.huggingface.prompts import Prompts
 
@@ -54,11 +54,11 @@ def test_every_kind_makes_new_pairs_that_end_as_they_did(name: str, prompts) -> 
 
 
 def test_names_are_renamed_as_words_in_answers_too() -> None:
-    new = _renamed(PAIR, {"data": "x", "x": "data"})
+    new = _replace_names(PAIR, {"data": "x", "x": "data"})
     assert new.prompt == "for data in x:\n  x" and new.counterfactual == "if data is x:\n  x"
     assert new.answer == (" x",) and new.wrong == (" data",)
-    assert _renamed(new, {"data": "x", "x": "data"}).prompt == PAIR.prompt
-    assert _renamed(PAIR, {"dat": "y", "or": "z"}).prompt == PAIR.prompt  # parts of words are no names
+    assert _replace_names(new, {"data": "x", "x": "data"}).prompt == PAIR.prompt
+    assert _replace_names(PAIR, {"dat": "y", "or": "z"}).prompt == PAIR.prompt  # parts of words are no names
 
 
 def test_names_of_a_users_task_are_the_words_that_vary() -> None:

@@ -273,7 +273,7 @@ def test_of_two_single_tokens_the_difference_is_that_of_their_logits(shipped: Pr
 
 
 def test_pairs_pooled_with_padding_have_finite_gradients(shipped: PreTrainedTokenizerFast) -> None:
-    pairs = resolve(load_task("else_elif"), shipped, splits=("test",)).splits["test"].both()
+    pairs = resolve(load_task("else_elif"), shipped, splits=("test",)).splits["test"].both_members()
     logits_bv = torch.randn(len(pairs), len(shipped), requires_grad=True)
     pairs.loss(logits_bv).sum().backward()
     assert logits_bv.grad is not None and logits_bv.grad.isfinite().all()
@@ -423,7 +423,7 @@ def test_both_sides_may_list_different_numbers_of_answers(shipped: PreTrainedTok
     example = Example("x = [1, 2", "x = (1, 2", ("]",), (")", "):", ")\n"))
     pairs = resolve(Task("one", "python", "one", {"test": (example,)}, {"test": 1}), shipped, splits=("test",)).splits["test"]
     assert len(pairs) == 1 and pairs.answer_bk.shape != pairs.wrong_bk.shape
-    both = pairs.both()
+    both = pairs.both_members()
     assert both.answer_bk.shape == both.wrong_bk.shape and len(both) == 2
     logits_bv = torch.randn(2, shipped.vocab_size or 2048, generator=torch.Generator().manual_seed(0))
     assert torch.allclose(both.difference(logits_bv)[1:], pairs.reversed().difference(logits_bv[1:]))

@@ -14,7 +14,7 @@ from support.span_cases import span_folder  # noqa: F401
 
 from bridge.circuits.error_nodes import Followed, follow_dense
 from bridge.circuits.question import Question
-from bridge.finetunes.diff import DiffConfig, DiffError, diff, read_prompts, transplanted
+from bridge.finetunes.diff import DiffConfig, DiffError, diff, gain_by_transplant, read_prompts
 from bridge.finetunes.grafts import KINDS, Grafts
 from bridge.finetunes.result import render_diff
 from bridge.models.bridges import CoupledModels
@@ -76,7 +76,7 @@ def test_with_no_graft_it_answers_as_the_base_and_with_all_as_the_fine_tune(base
 def test_the_transplant_is_what_a_literal_one_does(base: CoupledModels, tuned: CoupledModels) -> None:
     grafts, ours, _ = grafts_of(base, tuned)
     added_rf = torch.stack([grafts.own_f * grafts.nodes_f, torch.zeros_like(grafts.own_f)])
-    moved_r = transplanted(base, grafts, ours, added_rf)
+    moved_r = gain_by_transplant(base, grafts, ours, added_rf)
     model: Any = base.dense.model
     tokens_bt = grafts.question.prompt_bt
     own = {at: parts[0] for at, parts in grafts.space.split(added_rf).items()}

@@ -14,7 +14,7 @@ from support.dense_cases import hooks_on, refusal
 from support.tiny_families import some_tokens, tiny
 from torch import nn
 
-from bridge.huggingface.live import check_weights, unwrapped
+from bridge.huggingface.live import check_weights, unwrap
 from bridge.huggingface.site_discovery import DenseModelError
 from bridge.models.dense import load_dense
 from bridge.models.residual import Enter
@@ -116,7 +116,7 @@ def test_a_wrapper_that_does_more_is_left_on() -> None:
 
     model, tokens_bt = tiny("llama"), some_tokens()
     model.model.layers[1].mlp = Louder(model.model.layers[1].mlp)
-    assert unwrapped(model.model.layers[1].mlp) is model.model.layers[1].mlp
+    assert unwrap(model.model.layers[1].mlp) is model.model.layers[1].mlp
     torch.testing.assert_close(load_dense(model).run(tokens_bt).logits_btv, model(tokens_bt).logits, rtol=0, atol=1e-5)
 
 

@@ -147,7 +147,7 @@ def test_a_missing_mean_or_a_wrong_mask_is_an_error():
     one = {at: kept_tn[:1] for at, kept_tn in circuit.kept.items()}
     with pytest.raises(ValueError, match=r"the mask at 0\.attn_in is torch\.bool of shape \(5, 16\)"):
         Circuit("quotes", {**one, Location(0, "attn_in"): torch.ones(5, 16, dtype=torch.bool)}, circuit.means)
-    with pytest.raises(ValueError, match="two different ones"):
+    with pytest.raises(ValueError, match="two different tokens"):
         Question.of_prompt(prompt(), 3, 3)
     with pytest.raises(ValueError, match="at least one token"):
         Question.of_prompt(prompt(0), 3, 4)

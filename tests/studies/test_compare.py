@@ -44,7 +44,7 @@ def test_cross_ablation_is_what_deleting_does(dense: DenseModel) -> None:
     corpus_bt = torch.randint(2, VOCABULARY, (12, 12), generator=torch.Generator().manual_seed(5))
     subject = subject_over(planted_sparse(dense), corpus_bt)
     one, other = planted_result(subject, "one <&>"), planted_result(subject, "other", neurons=(0,))
-    prompts = {"one <&>": planted_pairs(6).both(), "other": planted_pairs(6, seed=1)}
+    prompts = {"one <&>": planted_pairs(6).both_members(), "other": planted_pairs(6, seed=1)}
     comparison = compare(subject, [one, other], prompts)
     for a, result in enumerate((one, other)):
         gate = masked_gate(subject, ~subject.space.join(result.circuit.kept))

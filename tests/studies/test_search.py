@@ -67,7 +67,7 @@ def test_the_dense_models_answers_are_explained_and_its_own_circuit_found(
 ) -> None:
     """The answers are those that a random model prefers after one last token rather than the other."""
     pairs = planted_pairs(64)
-    after = [pairs.at_last(dense.run(tokens_bt).logits_btv) for tokens_bt in (pairs.prompt_bt, pairs.counterfactual_bt)]
+    after = [pairs.logits_at_last(dense.run(tokens_bt).logits_btv) for tokens_bt in (pairs.prompt_bt, pairs.counterfactual_bt)]
     preferred_v = (after[0] - after[1]).mean(0)
     answer, wrong = int(preferred_v.argmax()), int(preferred_v.argmin())
     splits = {
@@ -105,7 +105,9 @@ def test_an_edge_adds_to_the_answer_what_a_little_more_of_it_does(dense: DenseMo
                     y_btn[..., edge.target.index] += more * edge.weight * change[0] * (y_btn[..., edge.target.index] != 0)
                 return y_btn
 
-            d.append(float(pairs.difference(pairs.at_last(sparse.run(pairs.prompt_bt, gate=gate).logits_btv)).double().mean()))
+            d.append(
+                float(pairs.difference(pairs.logits_at_last(sparse.run(pairs.prompt_bt, gate=gate).logits_btv)).double().mean())
+            )
         assert edge.effect == pytest.approx((d[1] - d[0]) / 2e-3, rel=0.05) and edge.effect > 0.1
 
 

@@ -28,7 +28,7 @@ def planted_result(subject: SparseSubject, task: str, neurons: tuple[int, ...] =
         edges.append(Edge(Node(read, neuron), Node(act, neuron), "weight", 2.0, -1 / 3))
         edges.append(Edge(Node(act, neuron), Node(write, neuron + 2), "weight", 2.0, -0.1))
     kept_f, config, scores = subject.space.join(kept), search_config(), score(subject.sparse, planted_pairs(4))
-    masked = MaskedModel(subject.sparse, Question.of_pairs(planted_pairs(4).both()), subject.means, by_position=False)
+    masked = MaskedModel(subject.sparse, Question.of_pairs(planted_pairs(4).both_members()), subject.means, by_position=False)
     test = CircuitLoss(masked, masked.logits(torch.ones(8, len(kept_f), dtype=torch.bool)), config)
     levels = config.nested()[:-1]
     nested = NestedMasks(levels, torch.where(kept_f, 0, len(levels)), (0.5,) * len(levels))

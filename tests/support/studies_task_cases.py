@@ -52,7 +52,7 @@ def copied(dense: DenseModel | None = None) -> CoupledModels:
 def answered(dense: DenseModel, pairs: TokenPairs) -> TokenPairs:
     """The pairs with those two tokens as answers that the dense model tells apart best by what tells the prompts apart."""
     first_bv, second_bv = (
-        pairs.at_last(dense.run(tokens_bt).logits_btv) for tokens_bt in (pairs.prompt_bt, pairs.counterfactual_bt)
+        pairs.logits_at_last(dense.run(tokens_bt).logits_btv) for tokens_bt in (pairs.prompt_bt, pairs.counterfactual_bt)
     )
     margin_vv = torch.minimum(
         (first_bv[:, :, None] - first_bv[:, None]).mean(0), (second_bv[:, None] - second_bv[:, :, None]).mean(0)
