@@ -73,7 +73,7 @@ class Corpus:
 def open_corpus(source: str, seed: int = 0) -> Corpus:
     """Open the corpus of a source. Raises DataError, possibly only while pieces are read, if the source cannot be read."""
     if not source.strip():  # as a path it would be the current folder
-        raise DataError(f"data {source!r}", "names no text", "give stdlib, self, a file, a folder or a hub id")
+        raise DataError(f"data {source!r}", "is empty", "give stdlib, self, a file, a folder or a hub id")
     if source in ("stdlib", "stdlib+packages"):
         return Corpus([partial(_python_source, packages=source != "stdlib", seed=seed)])
     path, configuration = Path(source).expanduser(), None
@@ -135,14 +135,15 @@ def _folder(path: Path, configuration: str | None, seed: int) -> Corpus:
     about_data = _records(files) or not CARD_KEYS.isdisjoint(card or ())
     asked = configuration is not None or (card is not None and about_data)
     if asked and (splits := _resolve_data_files(path, configuration, where, card or {})):
-        chosen = _training_split(splits, where, "a file of it")
+        chosen = _training_split(splits, where, "one of its files")
         return Corpus(_shuffle_files(splits[chosen], seed), _splits(name for name in splits if name != chosen))
     files, left = _training_files(path, files)
     if left and not files:
-        raise DataError(f"data {where!r}", f"has nothing to train on but its {_splits(left)}", "name a file of it to take that")
+        rule = f"has only its {_splits(left)}, and nothing to train on"
+        raise DataError(f"data {where!r}", rule, "name one of its files to use it")
     if not files:
         packed = ", ".join(PACKED_SUFFIXES)
-        raise DataError(f"data {where!r}", f"holds no file ending in {', '.join(SUFFIXES)} (also with {packed} behind it)")
+        raise DataError(f"data {where!r}", f"contains no file ending in {', '.join(SUFFIXES)} (each may be followed by {packed})")
     return Corpus(_shuffle_files(files, seed), _splits(left))
 
 
@@ -192,7 +193,7 @@ def _saved_data_set(path: Path) -> Corpus:
     with reraise_as(DataError, f"data {where!r}", "is a saved data set that cannot be loaded", remedy):
         found = load_from_disk(where)
     splits = {str(name): table for name, table in found.items()} if isinstance(found, DatasetDict) else {"train": found}
-    chosen = _training_split(splits, where, "the folder of one")
+    chosen = _training_split(splits, where, "the folder of one split")
     table = splits[chosen].with_format(None)  # plain values, even if it was saved to give tensors
     wanted = [column for column in COLUMNS if column in table.column_names]
     if not wanted:
@@ -228,7 +229,7 @@ def _resolve_data_files(path: Path, configuration: str | None, where: str, card:
     from datasets import get_dataset_config_names, get_dataset_default_config_name, load_dataset_builder
 
     here, what = str(path.resolve()), f"data {where!r}"
-    unresolved = reraise_as(DataError, what, "is a data set that cannot be resolved", "name its data files")
+    unresolved = reraise_as(DataError, what, "is a data set that cannot be resolved", "name one of its data files")
     with unresolved, tempfile.TemporaryDirectory() as nowhere:  # leaves the user's cache alone
         try:
             names = get_dataset_config_names(here)
@@ -250,7 +251,8 @@ def _training_split(splits: Iterable[str], where: str, remedy: str) -> str:
     kinds = {name: _split_of(Path(name)) for name in names}
     some = [name for name in names if kinds[name] == "train"] or [name for name in names if kinds[name] is None]
     if "train" not in names and len(some) != 1:
-        raise DataError(f"data {where!r}", f"has the splits {', '.join(names)}, none or several to train on", f"name {remedy}")
+        rule = f"has the splits {', '.join(names)}, but not exactly one to train on"
+        raise DataError(f"data {where!r}", rule, f"name {remedy}")
     return "train" if "train" in names else some[0]
 
 
@@ -264,7 +266,7 @@ def _stream_hub_data_set(source: str) -> list[Callable[[], Iterator[Piece]]]:
     from datasets import load_dataset
 
     name, _, configuration = source.partition(":")
-    problem, remedy = "is no file here, nor could the hub stream it", "name another"
+    problem, remedy = "is not a file here, and cannot be streamed from the hub", "name another source"
     with reraise_as(DataError, f"data {source!r}", problem, remedy):
         table = load_dataset(name, configuration or None, split="train", streaming=True)
         shards = [table.shard(table.num_shards, index) for index in range(table.num_shards)]

@@ -70,8 +70,8 @@ class Packing:
         """Return the packing for a tokenizer. Raises DataError if the prefix leaves no room for text in the context."""
         prefix, end, pad = [*prompts.prefix], prompts.end, getattr(prompts.tokenizer, "pad_token_id", None)
         if context <= len(prefix):
-            rule = f"holds no text: the tokenizer puts {len(prefix)} tokens before it"
-            raise DataError(f"a context of {context}", rule, "give a longer one")
+            rule = f"has no room for text, because the tokenizer puts {len(prefix)} tokens before it"
+            raise DataError(f"a context of {context}", rule, "give a longer context")
         return Packing(source, context, prefix, end if padded else None, pad if padded else None, vocabulary)
 
     def detect_packed(self, pieces: Iterator[Piece]) -> tuple[Packing, Iterator[Piece]]:
@@ -118,7 +118,7 @@ class Packing:
         """Raise DataError if an id is outside the dense model's vocabulary."""
         low, high = int(block_nt.min()), int(block_nt.max())
         if low < 0 or (self.vocabulary is not None and high >= self.vocabulary):
-            wrong, rule = (low, "ids start at 0") if low < 0 else (high, f"the dense model's vocabulary is {self.vocabulary}")
+            wrong, rule = (low, "ids start at 0") if low < 0 else (high, f"the dense model has {self.vocabulary} tokens")
             what, remedy = f"data {self.source!r}", "tokenize it with the model's own tokenizer"
             raise DataError(what, f"has the token id {wrong}, but {rule}", remedy)
 
@@ -149,7 +149,8 @@ def tokenized(pieces: Iterable[Piece], prompts: Prompts) -> Iterator[TokenRun]:
                 yield TokenRun(value, True, True, given=True)
             continue
         if prompts.tokenizer is None:
-            raise DataError("the data", f"is text, and {prompts.missing}", "give it one that can be read, or data with input_ids")
+            remedy = "give the model a tokenizer that can be read, or give data with input_ids"
+            raise DataError("the data", f"is text, but {prompts.missing}", remedy)
         text = _apply_chat_template(value, prompts.tokenizer) if kind == "chat" else value
         for index, (part, ends) in enumerate(_parts(text) if text.strip() else ()):
             waiting.append((part, index == 0, ends))
@@ -163,8 +164,8 @@ def _apply_chat_template(chat: tuple[list[dict[str, Any]], str], tokenizer: PreT
     """Return a conversation as text, written by the tokenizer's chat template. Raises DataError if that fails."""
     messages, where = chat
     if not tokenizer.chat_template:
-        raise DataError(f"data {where!r}", "is chat, and the model's tokenizer has no chat template", "give it as text")
-    with reraise_as(DataError, f"data {where!r}", "holds a chat that the tokenizer's template refuses", "leave it out"):
+        raise DataError(f"data {where!r}", "is chat, but the model's tokenizer has no chat template", "give it as text")
+    with reraise_as(DataError, f"data {where!r}", "has a chat that the tokenizer's template rejects", "remove the chat"):
         return str(tokenizer.apply_chat_template(messages, tokenize=False))
 
 

@@ -57,11 +57,12 @@ def file_pieces(file: Path) -> Iterator[Piece]:
     where, kind = str(file), suffix_of(file)
     packed = file.suffix.lower() in PACKED_SUFFIXES
     if kind in ARCHIVES or (packed and kind in COLUMN_SUFFIXES):
-        raise DataError(f"data {where!r}", "is an archive", "unpack it, and name what was in it")
+        raise DataError(f"data {where!r}", "is an archive", "unpack it, and name the unpacked file")
     try:
         with file.open("rb") as begun:
             if begun.read(len(POINTER)) == POINTER:
-                raise DataError(f"data {where!r}", "stands for a file that was not fetched", "run `git lfs pull` where it lies")
+                rule = "is a pointer to a file that was not fetched"
+                raise DataError(f"data {where!r}", rule, "run `git lfs pull` in its folder")
         if kind in RECORD_SUFFIXES:
             yield from (piece(row, where) for row in _rows(file, kind))
         else:
@@ -91,9 +92,7 @@ def piece(row: Any, where: str) -> Piece:
             return "chat", (_chat_messages(row[column], where), where)
     for column, value in texts.items():
         if not isinstance(value, str):
-            raise DataError(
-                f"data {where!r}", f"holds {_describe_value(value)} in its column {column!r}", "make it one text a row"
-            )
+            raise DataError(f"data {where!r}", f"has {_describe_value(value)} in its column {column!r}", "store one text per row")
     if not any(column in row for column in COLUMNS):
         raise _no_column_error(row, where)
     return "text", ""
@@ -205,13 +204,13 @@ def _line_rows(file: Path) -> Iterator[Any]:
 def _no_column_error(found: Iterable[Any], where: str) -> DataError:
     columns = ", ".join(map(str, found)) or "none"
     return DataError(
-        f"data {where!r}", f"has no text column (found: {columns})", f"name one of {', '.join(TEXT_COLUMNS)} or input_ids"
+        f"data {where!r}", f"has no text column (found: {columns})", f"rename a column to {', '.join(TEXT_COLUMNS)} or input_ids"
     )
 
 
 def _check_text(text: str, where: str) -> str:
     if wrong := unencodable_character(text):
-        raise DataError(f"data {where!r}", f"holds {wrong}, which is no character of UTF-8 text", "write it again without")
+        raise DataError(f"data {where!r}", f"has {wrong}, which is not a character of UTF-8 text", "remove it")
     return text
 
 
@@ -224,8 +223,9 @@ def _unmasked_ids(ids: Any, mask: Any, where: str) -> list[Any]:
     if mask is None:
         return ids
     if not isinstance(mask, list) or len(mask) != len(ids):
-        length = len(mask) if isinstance(mask, list) else "no list"
-        raise DataError(f"data {where!r}", f"has an attention_mask of {length} for {len(ids)} input_ids", "tokenize it again")
+        problem = f"of length {len(mask)}" if isinstance(mask, list) else "that is not a list"
+        rule = f"has {len(ids)} input_ids and an attention_mask {problem}"
+        raise DataError(f"data {where!r}", rule, "tokenize it again")
     return [token for token, there in zip(ids, mask, strict=True) if there]
 
 
@@ -238,7 +238,7 @@ def _chat_messages(given: Any, where: str) -> list[dict[str, Any]]:
         if isinstance(message, dict) and "role" not in message and {"from", "value"} <= message.keys():
             message = {"role": _ROLES.get(message["from"], message["from"]), "content": message["value"]}
         if not isinstance(message, dict) or not {"role", "content"} <= message.keys():
-            raise DataError(f"data {where!r}", "holds a conversation whose messages are not of role and content", "write them so")
+            raise DataError(f"data {where!r}", "has a message without role or content", "give each message both")
         messages.append(message)
     return messages
 

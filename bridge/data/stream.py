@@ -70,7 +70,7 @@ def open_stream(
             packing.put(run, part)
     heldout_nt = packing.cut(part)
     if not len(heldout_nt):
-        rule = f"has no block of {context} tokens in those of them that are held out, one in {HELD_OUT_EVERY}"
+        rule = f"has no block of {context} tokens in its held-out documents (one in {HELD_OUT_EVERY} is held out)"
         raise DataError(f"data {source!r} of {looked_at} documents", rule, "give more documents, or leave data.stream off")
     packing.check(heldout_nt)
     return Stream(corpus, prompts, packing, heldout_nt)
@@ -141,8 +141,8 @@ class Stream:
             return
         count, rows, seed, step, epoch, part, piece = tensors["data.place"].tolist()
         if count != len(self.corpus.parts):
-            what = f"data {self.packing.source!r} has {len(self.corpus.parts)} parts,"
-            raise DataError(what, f"and had {count} when the run was saved", "give it back as it was, or fit again")
+            rule = f"has {len(self.corpus.parts)} parts, but had {count} when the run was saved"
+            raise DataError(f"data {self.packing.source!r}", rule, "restore the data, or fit again")
         uncut = Part(stream=array("i", tensors["data.uncut"].tolist()))
         self._place = _ReadPosition(rows, seed, step, tensors["data.pool"], epoch, part, piece, uncut)
 

@@ -92,7 +92,7 @@ def task_names(language: str | None = None) -> tuple[str, ...]:
     names = tuple(task.name for task in TASKS if language in (None, task.language))
     if not names:
         languages = ", ".join(dict.fromkeys(task.language for task in TASKS))
-        raise TaskError(f"there are no tasks in the language {language!r}", remedy=f"there are some in {languages}")
+        raise TaskError(f"there are no tasks in the language {language!r}", remedy=f"use one of {languages}")
     return names
 
 
@@ -105,10 +105,10 @@ def load_task(name_or_path: str | Path, *, seed: int = 0) -> Task:
     if path.suffix in (".jsonl", ".yaml", ".yml"):
         return _read_user_task(path, seed)
     if path.exists():
-        remedy = "a task is a file of examples whose name ends in .jsonl, .yaml or .yml"
-        raise TaskError(repr(str(path)), "is no task file", remedy)
-    those = "`bridge tasks` lists those there are; a file's name ends in .jsonl or .yaml"
-    raise TaskError(f"there is no task {str(name_or_path)!r}", remedy=_suggest_name(name_or_path, task_names(), those))
+        remedy = "give a file of examples whose name ends in .jsonl, .yaml or .yml"
+        raise TaskError(repr(str(path)), "is not a task file", remedy)
+    otherwise = "run `bridge tasks` to list the built-in tasks, or give a file whose name ends in .jsonl or .yaml"
+    raise TaskError(f"there is no task {str(name_or_path)!r}", remedy=_suggest_name(name_or_path, task_names(), otherwise))
 
 
 def _suggest_name(name: object, known: Sequence[str], otherwise: str) -> str:
@@ -226,13 +226,13 @@ def _read_user_task(path: Path, seed: int) -> Task:
         example, split = _example(values, where)
         for text in (example.prompt, example.counterfactual):
             if text in line_of:
-                already = f"is in line {line_of[text]} already"
-                raise TaskError(f"{where}: the prompt {_shorten(text)}", already, "keep one of the two")
+                rule = f"is already in line {line_of[text]}"
+                raise TaskError(f"{where}: the prompt {_shorten(text)}", rule, "keep only one of the two")
             line_of[text] = line
         if splits and (split is None) != (splits[0] is None):
-            here, there = ("none", "one") if split is None else ("one", "none")
-            rule = f"has {here} of split, line {entries[0][0]} has {there}"
-            raise TaskError(f"{where}: it", rule, "give a split to all or to none")
+            here, there = ("no", "a") if split is None else ("a", "no")
+            rule = f"has {here} split, and the one in line {entries[0][0]} has {there} split"
+            raise TaskError(f"{where}: the example", rule, "give a split to all examples or to none")
         examples.append(example)
         splits.append(split)
     if splits[0] is None:
@@ -246,8 +246,8 @@ def _read_user_task(path: Path, seed: int) -> Task:
 
 def _assign_splits(path: Path, count: int, seed: int) -> list[Split | None]:
     if count < len(SPLITS):
-        rule = f"has {count} example{'' if count == 1 else 's'}, too few to split in three"
-        raise TaskError(path, rule, "add some, or give each a split")
+        rule = f"has {count} example{'' if count == 1 else 's'}, too few for three splits"
+        raise TaskError(path, rule, "add examples, or give each one a split")
     order = random.Random(f"{seed} split").sample(range(count), count)
     return [_split_at(place, max(1, round(HELD_OUT * count))) for place in order]
 
@@ -268,7 +268,7 @@ def _read_entries(path: Path) -> Iterator[tuple[int, Any]]:
                     yield number, json.loads(line)
                 except (ValueError, RecursionError) as error:
                     why = getattr(error, "msg", str(error).partition(";")[0])
-                    raise TaskError(f"{path}, line {number}: not JSON ({why})", remedy="write one object per line") from None
+                    raise TaskError(f"{path}, line {number}", f"is not JSON ({why})", "write one object per line") from None
         return
     try:
         loader = yaml.SafeLoader(text)
@@ -276,24 +276,26 @@ def _read_entries(path: Path) -> Iterator[tuple[int, Any]]:
         if root is None:
             return
         if not isinstance(root, yaml.SequenceNode):
-            raise TaskError(f"{path}, line 1: not a list", remedy="begin each example with a dash")
+            raise TaskError(f"{path}, line 1", "is not a list", "begin each example with a dash")
         for node in root.value:
             line = node.start_mark.line + 1
             try:
                 value = loader.construct_document(node)
             except (ValueError, LookupError, AttributeError) as error:
-                why = str(error).partition(";")[0] if isinstance(error, ValueError) else "of another type than its tag says"
-                what = f"{path}, line {line}: not a value that YAML reads ({why})"
-                raise TaskError(what, remedy="put texts in quotes") from None
+                why = str(error).partition(";")[0] if isinstance(error, ValueError) else "its type is not that of its tag"
+                rule = f"has a value that YAML cannot read ({why})"
+                raise TaskError(f"{path}, line {line}", rule, "put texts in quotes") from None
             yield line, value
     except RecursionError:
-        raise TaskError(f"{path}: nested too deeply", remedy="an example is keys and texts") from None
+        raise TaskError(path, "is nested too deeply", "write each example as keys and texts") from None
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         line = f", line {mark.line + 1}" if mark else ""
-        raise TaskError(f"{path}{line}: not YAML ({error.problem})", remedy="quote texts that have marks in them") from None
+        raise TaskError(f"{path}{line}", f"is not YAML ({error.problem})", "put texts that have punctuation in quotes") from None
     except yaml.YAMLError as error:
-        raise TaskError(f"{path}: not YAML ({' '.join(str(error).split())})", remedy="remove what is not text") from None
+        raise TaskError(
+            path, f"is not YAML ({' '.join(str(error).split())})", "remove the characters that are not text"
+        ) from None
 
 
 _KEYS = ("prompt", "counterfactual", "answer", "answers", "wrong", "wrongs", "split")
@@ -301,27 +303,29 @@ _KEYS = ("prompt", "counterfactual", "answer", "answers", "wrong", "wrongs", "sp
 
 def _example(values: Any, where: str) -> tuple[Example, Split | None]:
     if not isinstance(values, dict):
-        raise TaskError(f"{where}: {_shorten(values)}", "is no example", "write prompt, counterfactual, answer and wrong as keys")
+        raise TaskError(f"{where}: {_shorten(values)}", "is not an example", "give it prompt, counterfactual, answer and wrong")
     for key in values:
         if key not in _KEYS:
-            remedy = _suggest_name(key, _KEYS, f"the keys are {', '.join(_KEYS)}")
+            remedy = _suggest_name(key, _KEYS, f"use one of {', '.join(_KEYS)}")
             raise TaskError(f"{where}: there is no key {key!r}", remedy=remedy)
     prompts = []
     for key in ("prompt", "counterfactual"):
         if key not in values:
-            raise TaskError(f"{where}: there is no {key}", remedy="a pair needs both prompts, add it")
+            raise TaskError(f"{where}: {key}", "is missing", "give both prompts of the pair")
         prompts.append(_text(values[key], key, where))
     if prompts[0] == prompts[1]:
         raise TaskError(f"{where}: prompt and counterfactual", "are the same", "change what decides the answer")
     answer, wrong = _read_answers(values, "answer", "wrong", where), _read_answers(values, "wrong", "answer", where)
     if not answer and not wrong:
-        raise TaskError(f"{where}: answers and wrongs", "are each what the other is not", "spell one of them out")
+        raise TaskError(
+            f"{where}: answers and wrongs", "are both given by what they are not", "list the spellings of one of them"
+        )
     for spelling in answer:
         if spelling in wrong:
-            raise TaskError(f"{where}: {spelling!r}", "is both an answer and a wrong one", "remove it from one of them")
+            raise TaskError(f"{where}: {spelling!r}", "is both an answer and a wrong answer", "remove it from one of them")
     split = values.get("split")
     if "split" in values and split not in SPLITS:
-        raise TaskError(f"{where}: there is no split {_shorten(split)}", remedy=f"it is one of {', '.join(SPLITS)}")
+        raise TaskError(f"{where}: there is no split {_shorten(split)}", remedy=f"give one of {', '.join(SPLITS)}")
     prompt, counterfactual = prompts
     return Example(prompt, counterfactual, answer, wrong, _differing_span(prompt, counterfactual)), split
 
@@ -330,16 +334,19 @@ def _read_answers(values: dict, one: str, other: str, where: str) -> tuple[str, 
     """Return the spellings of an answer, given as `answer` or `answers`; () if it is any token but the other side's."""
     several = f"{one}s"
     if one in values and several in values:
-        raise TaskError(f"{where}: there are both {one} and {several}", remedy="keep one of them")
+        raise TaskError(f"{where}: there are both {one} and {several}", remedy="keep only one of them")
     if one in values:
         return (_text(values[one], one, where),)
     if several not in values:
-        raise TaskError(f"{where}: there is no {one}", remedy=f"give {one}, or {several}: a list of spellings, or 'not {other}s'")
+        remedy = f"give {one}, or give {several} as a list of spellings or as 'not {other}s'"
+        raise TaskError(f"{where}: {one}", "is missing", remedy)
     given = values[several]
     if given == f"not {other}s":
         return ()
     if not isinstance(given, list) or not given:
-        raise TaskError(f"{where}: {several}", f"is {_shorten(given)}, not a list of spellings", f"write some, or 'not {other}s'")
+        raise TaskError(
+            f"{where}: {several}", f"is {_shorten(given)}, not a list of spellings", f"give a list, or 'not {other}s'"
+        )
     return tuple(dict.fromkeys(_text(spelling, several, where) for spelling in given))
 
 
@@ -347,9 +354,9 @@ def _text(value: Any, key: str, where: str) -> str:
     if not isinstance(value, str):
         raise TaskError(f"{where}: {key}", f"has {_shorten(value)}, which is not text", "put it in quotes")
     if not value:
-        raise TaskError(f"{where}: {key}", "has an empty text", "write what it is")
+        raise TaskError(f"{where}: {key}", "has an empty text", "write the text")
     if wrong := unencodable_character(value):
-        raise TaskError(f"{where}: {key}", f"holds {wrong}, which is no character of UTF-8 text", "write the whole character")
+        raise TaskError(f"{where}: {key}", f"has {wrong}, which is not a character of UTF-8 text", "write the whole character")
     return value
 
 

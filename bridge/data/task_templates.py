@@ -76,7 +76,7 @@ POOLS: Mapping[str, Sequence[str]] = {
     "year": [f"{year:02}" for year in range(20, 80)],
     "century": [str(century) for century in range(11, 19)],
 }
-"""Names by kind; no word is in two."""
+"""Names by kind; only "key" is in two pools (variable and thing)."""
 
 NAMES: Mapping[str, tuple[str, ...]] = {
     **dict.fromkeys("abcd", ("variable",)), **dict.fromkeys("fg", ("function",)), "C": ("class",),

@@ -300,7 +300,7 @@ def _log_sum_exp(logits_bv: Tensor, ids_bk: Tensor, not_b: Tensor) -> Tensor:
 def score(model: ResidualModel, pairs: TokenPairs) -> Scores:
     """Score a model on pairs, which must be on its device. Raises TaskError if there are no pairs."""
     if not len(pairs):
-        raise TaskError("there are no pairs to score", remedy="take another split, or a tokenizer that the task's prompts suit")
+        raise TaskError("there are no pairs to score", remedy="use another split, or a tokenizer that suits the task's prompts")
     prompts = pairs.both_members()
     rows = max(1, min(64, _LOGITS // (prompts.prompt_bt.shape[1] * model.vocabulary)))
     differences = []

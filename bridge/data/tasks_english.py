@@ -6,7 +6,7 @@ from bridge.data.task_templates import EARLIER, LATER, Templates
 
 ENGLISH: tuple[Templates, ...] = (
     Templates(
-        "ioi", "english", "of two people the one who did not give is given to",
+        "ioi", "english", "of two people, the recipient is the one who does not act",
         (" $m",), (" $n",),
         (
             "When $m and $n went to the $p, «$n|$m» gave a $o to",
@@ -18,7 +18,7 @@ ENGLISH: tuple[Templates, ...] = (
         ),
     ),
     Templates(
-        "gendered_pronoun", "english", "a name's pronoun",
+        "gendered_pronoun", "english", "the pronoun matches the gender of the name",
         (" she",), (" he",),
         (
             "So «$w|$h» is a really great $r, isn't",
@@ -30,7 +30,7 @@ ENGLISH: tuple[Templates, ...] = (
         ),
     ),
     Templates(
-        "greater_than", "english", "what began ends later, what ended began earlier (years of another decade)",
+        "greater_than", "english", "what began in a year ends in a later decade, what ended in it began in an earlier one",
         (LATER,), (EARLIER,),
         (
             "The $E that «began|ended» in the year $e$y «ended|began» in the year $e",
@@ -54,7 +54,7 @@ ENGLISH: tuple[Templates, ...] = (
         ),
     ),
     Templates(
-        "induction", "english", "what followed a word before follows it again",
+        "induction", "english", "a repeated word is followed by the word that followed it before",
         (" $j",), (" $l",),
         (
             " $i $j $q $k $l $x «$i|$k»",

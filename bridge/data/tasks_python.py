@@ -46,7 +46,7 @@ PYTHON: tuple[Templates, ...] = (
         ),
     ),
     Templates(
-        "final_kwarg", "python", "a parameter after one with a default has one too",
+        "final_kwarg", "python", "a parameter that follows one with a default has a default too",
         ("=None", "=False", "=True", "=0", "=1"), ("):", ")", ","),
         (
             "def $f($a«=None|, $c», $b",
@@ -65,16 +65,16 @@ PYTHON: tuple[Templates, ...] = (
         ),
     ),
     Templates(
-        "set_or_string", "python", "a set is added to, a string appended to",
+        "set_or_string", "python", "a set grows by `add` or `update`, a string by `+=`",
         (".add", ".update"), (" +=", " = "),
         _SET_OR_STRING,
     ),
     Templates(
-        "set_or_string_fixedvarname", "python", "a set is added to, a string appended to; the variable is always `current`",
+        "set_or_string_fixedvarname", "python", "a set grows by `add` or `update`, a string by `+=` (always named `current`)",
         (".add", ".update"), (" +=", " = "), tuple(text.replace("$a", "current") for text in _SET_OR_STRING),
     ),
     Templates(
-        "class_init", "python", "an attribute is assigned the parameter of its name",
+        "class_init", "python", "an attribute is assigned the parameter of the same name",
         (" $a",), (" $b",),
         (
             "class $C:\n    def __init__(self, $a, $b):\n        self.«$a|$b» =",
@@ -93,7 +93,7 @@ PYTHON: tuple[Templates, ...] = (
         ),
     ),
     Templates(
-        "with_as", "python", "`with open(...)` goes on with `as`, another call does not",
+        "with_as", "python", "`with open(...)` is followed by `as`, another call is not",
         (" as",), _NEWLINE,
         (
             "def $f($a):\n    «with|return» open($a)",
@@ -168,7 +168,7 @@ PYTHON: tuple[Templates, ...] = (
         ),
     ),
     Templates(
-        "for_while", "python", "a `for` takes `in`, a `while` a condition",
+        "for_while", "python", "a variable after `for` is followed by `in`, one after `while` continues a condition",
         (" in",), (*_COLON, " <", " >", " and", " is", " !="),
         (
             "def $f(self, $b):\n    $c = ⟦not ⟧$b\n    «for|while» $a",
@@ -187,7 +187,7 @@ PYTHON: tuple[Templates, ...] = (
         ),
     ),
     Templates(
-        "else_elif", "python", "`else` takes a colon, `elif` a condition first",
+        "else_elif", "python", "`else` is followed by a colon, `elif` by a condition",
         _COLON, (),
         (
             "def $f($a):\n    if $a:\n        return $b\n    «else|elif»",
@@ -225,7 +225,7 @@ PYTHON: tuple[Templates, ...] = (
         ),
     ),
     Templates(
-        "if_ternary", "python", "a statement's `if` takes a colon, an expression's an `else`",
+        "if_ternary", "python", "the condition of an `if` statement ends with a colon, that of an `if` expression with `else`",
         _COLON, (" else",),
         (
             "def $f($a, $b):\n    «if $b and|return $b if» $a is None",
@@ -244,7 +244,7 @@ PYTHON: tuple[Templates, ...] = (
         ),
     ),
     Templates(
-        "var_swap", "python", "two variables change places: the last one is the first one",
+        "var_swap", "python", "two variables exchange values, so the last name is the first name again",
         (" $a",), (" $c",),
         (
             "def $f($a, $b, $c):\n    «$a|$c», $b = $b,",
@@ -337,7 +337,7 @@ PYTHON: tuple[Templates, ...] = (
         ),
     ),
     Templates(
-        "var_if", "python", "a condition that begins with `if` ends with a colon, a value with the line",
+        "var_if", "python", "a condition after `if` ends with a colon, a value ends with the line",
         _COLON, _NEWLINE,
         (
             "def $f($a):\n    «if|return» $a is None",
@@ -356,7 +356,7 @@ PYTHON: tuple[Templates, ...] = (
         ),
     ),
     Templates(
-        "while_return_true", "python", "`while True` takes a colon, `return True` ends the line",
+        "while_return_true", "python", "`while True` is followed by a colon, `return True` by a new line",
         _COLON, _NEWLINE,
         (
             "def $f($a):\n    $b = ⟦not ⟧$a\n    «while|return» True",

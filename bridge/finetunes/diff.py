@@ -96,7 +96,7 @@ def diff(
     check_pair(base, tuned)
     texts = [prompts] if isinstance(prompts, str) else [*prompts]
     if not texts:
-        raise DiffError("there is no prompt to compare on", remedy="give at least one")
+        raise DiffError("there is no prompt to compare on", remedy="give at least one prompt")
     found = []
     for place, text in enumerate(texts, 1):
         on_progress(Phase("prompts", place, len(texts)))
@@ -108,13 +108,12 @@ def diff(
 
 def check_pair(base: CoupledModels, tuned: CoupledModels) -> None:
     """Raise DiffError if the nodes of two couplings do not correspond."""
-    names = [repr(one.path or "the coupling given") for one in (base, tuned)]
+    names = [repr(one.path) if one.path else who for one, who in ((base, "the base coupling"), (tuned, "the tuned coupling"))]
     if base.sparse.locations() != tuned.sparse.locations() or base.dense.vocabulary != tuned.dense.vocabulary:
-        raise DiffError(names[1], f"has a sparse model of another shape than {names[0]}", "adapt that one (bridge adapt)")
+        raise DiffError(names[1], f"has a sparse model of another shape than {names[0]}", f"adapt {names[0]} (bridge adapt)")
     if not tuned.recipe.adapts:
-        raise DiffError(
-            names[1], f"does not go on from another coupling, so no node of it is one of {names[0]}", "use bridge adapt"
-        )
+        rule = f"was not adapted from another coupling, so its nodes do not correspond to those of {names[0]}"
+        raise DiffError(names[1], rule, f"adapt {names[0]} (bridge adapt)")
 
 
 def read_prompts(path: str | Path) -> list[str]:
@@ -122,7 +121,8 @@ def read_prompts(path: str | Path) -> list[str]:
     try:
         lines = Path(path).read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
-        raise DiffError(f"prompts {str(path)!r}", f"cannot be read ({error})", "name a file with a JSON string a line") from None
+        remedy = "name a file with one JSON string per line"
+        raise DiffError(f"prompts {str(path)!r}", f"cannot be read ({error})", remedy) from None
     found = []
     for number, line in enumerate(lines, 1):
         try:
@@ -130,7 +130,7 @@ def read_prompts(path: str | Path) -> list[str]:
         except ValueError:
             text = 0
         if not isinstance(text, str | None):
-            raise DiffError(f"line {number} of {str(path)!r}", "is no JSON string", "write each prompt as one, in quotes")
+            raise DiffError(f"line {number} of {str(path)!r}", "is not a JSON string", "write each prompt on one line, in quotes")
         found += [] if text is None else [text]
     return found
 
@@ -356,9 +356,9 @@ def _indices_by_place(grafts: Grafts, mask_f: Tensor) -> dict[tuple[Location, in
 
 def _measure(base: CoupledModels, changed: Sequence[PromptDiff], config: DiffConfig, seed: int) -> Measure:
     """Measure the share of the change that transplanting the changed nodes makes, over prompts on which something changed."""
-    name, criterion = "share of the change of d, transplanted", Criterion(">=", config.share, True, config.control)
+    name, criterion = "transplanted share of the change of d", Criterion(">=", config.share, True, config.control)
     if not changed:
-        return Measure("transplant", name, None, criterion, note=f"no d changes by {config.least:g} nats")
+        return Measure("transplant", name, None, criterion, note=f"no prompt's d changes by {config.least:g} nats or more")
     change_b = np.array([each.change for each in changed])
     made = [each.transplant for each in changed if each.transplant is not None]
 
@@ -380,7 +380,7 @@ def _measure(base: CoupledModels, changed: Sequence[PromptDiff], config: DiffCon
         })
         for site in range(base.n_sites)
     )  # fmt: skip
-    note = f"{len(changed)} prompts; the same changes at the matched nodes {sum(displaced) / len(displaced):.3f}"
+    note = f"{len(changed)} prompts; share of the same changes at the matched nodes: {sum(displaced) / len(displaced):.3f}"
     control = Control.of("matched", drawn("matched"), max, "largest")
     ceiling = share([each.all_nodes for each in made])
     return Measure("transplant", name, share(own_b.tolist()), criterion, control, bounds, ceiling, note, points)

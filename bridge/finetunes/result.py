@@ -172,11 +172,14 @@ def _summary_sentence(diff: Diff) -> str:
             return f"NOTHING CHANGED. No answer's d differs by {diff.least:g} nats or more between the two dense models."
         case "TRANSPLANTED":
             return (
-                "TRANSPLANTED. The changed nodes' contribution, each sublayer's at its own site, moves the base's dense model as "
-                "the fine-tune did, and as many other active nodes do not."
+                "TRANSPLANTED. The contribution of the changed nodes, each sublayer's at its own site, changes the base's dense "
+                "model as the fine-tune did, and that of as many other active nodes does not."
             )
         case _:
-            return "NOT TRANSPLANTED. The changed nodes, or the controls, do not do in the base's dense model what they should."
+            return (
+                "NOT TRANSPLANTED. In the base's dense model, the changed nodes' share of the change is too small or not clearly "
+                "above that of the controls, or the controls' share is too large."
+            )
 
 
 def _answers(answers: tuple[Answer, ...]) -> str:
@@ -191,17 +194,17 @@ def _prompt_lines(one: PromptDiff, least: float, width: int) -> list[str]:
         f"tuned     {_answers(one.tuned_answers)}",
         f"question  why {one.answer.text!r} (#{one.answer.id}) {why}: d {one.base_d:+.2f} in the base, {one.tuned_d:+.2f} in the "
         "fine-tuned model",
-        f"change    {one.change:+.2f} nats (the sparse models by themselves {one.tuned_sparse_d - one.base_sparse_d:+.2f})",
+        f"change    {one.change:+.2f} nats (the sparse models alone: {one.tuned_sparse_d - one.base_sparse_d:+.2f})",
     ]
     if one.transplant is None:
-        return [*lines, f"          less than {least:g}: nothing to account for"]
+        return [*lines, f"          less than {least:g} nats: there is no change to explain"]
     lines += [f"through   {', '.join(f'{kind} {share:.0%}' for kind, share in one.through.items())}", ""]
-    rows = [(f"CHANGED ({one.changed:,} nodes)", "", "value", "its own", "share", "effect on d")]
+    rows = [(f"CHANGED ({one.changed:,} nodes)", "", "value", "own change", "share", "effect on d")]
     for node in one.nodes[:SHOWN_NODES]:
         value, effect = f"{node.before:.2f} -> {node.after:.2f}", f"{node.effect_before:+.2f} -> {node.effect_after:+.2f}"
         rows.append((f"  {node.id} {node.token!r}", node.status, value, f"{node.own:+.2f}", f"{node.share:+.0%}", effect))
     lines += [*columns(rows, width), ""]
-    rows = [("WEIGHTS INTO THEM", "", "weight", "adds to d")]
+    rows = [("WEIGHTS INTO CHANGED NODES", "", "weight", "adds to d")]
     for edge in one.edges[:SHOWN_EDGES]:
         rows.append(
             (f"  {edge.source} -> {edge.target}", edge.status, f"{edge.before:.3f} -> {edge.after:.3f}", f"{edge.effect:+.2f}")

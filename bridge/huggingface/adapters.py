@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 TOKENIZER = "tokenizer_config.json"
-_OTHER_KIND = "give one that only changes weights, such as a plain LoRA"
+_OTHER_KIND = "give an adapter that only changes weights, such as a plain LoRA"
 
 
 def has_adapter(model: nn.Module) -> bool:
@@ -52,8 +52,8 @@ def adapter_folder(adapter: str) -> Path:
             wanted = [CONFIG, WEIGHTS, "tokenizer*", "*token*.json", "vocab*", "merges.txt", "chat_template*"]
             folder = Path(snapshot_download(adapter, allow_patterns=wanted))
         except Exception as error:
-            where = "neither a folder here nor an adapter that the Hugging Face hub or its cache gives"
-            raise DenseModelError(who, f"is {where}", f"give a folder ({first_line(error)})") from error
+            rule = f"is neither a folder here nor an adapter on the Hugging Face hub or in its cache ({first_line(error)})"
+            raise DenseModelError(who, rule, "give the folder of an adapter") from error
     if not (folder / CONFIG).is_file():
         within = sorted(str(path.parent) for path in folder.glob(f"*/{CONFIG}"))  # PEFT saves a named one there
         remedy = f"give {within[0]!r}, which has one" if within else "give the folder that PEFT's save_pretrained wrote"
@@ -82,9 +82,11 @@ def with_adapter(model: Any, folder: Path, adapter: str, name: str) -> Any:
     weights, missing = dict(peft_model.named_parameters(remove_duplicate=False)), report.missing_keys
     filled = {id(weight) for key, weight in weights.items() if key not in missing}  # a shared weight counts by all its names
     unused, unfilled = report.unexpected_keys, [key for key in missing if id(weights.get(key)) not in filled]
-    for keys, problem in ((unused, "has weights for what is not in it"), (unfilled, "has no weights for what it changes")):
+    problems = "has weights that the model has no place for", "lacks weights for modules that it changes"
+    for keys, problem in zip((unused, unfilled), problems, strict=True):
         if keys:
-            raise DenseModelError(who, f"does not fit model {name!r}: it {problem}, {min(keys)} ({len(keys)} such)", remedy)
+            rule = f"does not fit model {name!r}: it {problem}, such as {min(keys)} ({len(keys)} in all)"
+            raise DenseModelError(who, rule, remedy)
     return merge_adapters(peft_model, who, name, n_added)
 
 
@@ -110,7 +112,7 @@ def merge_adapters(model: Any, who: str, name: str, n_added: int = 0) -> Any:
             for rows, what in ((wanted_vd, "embeddings"), (wanted_btv[0, 0, :, None], "output weights")) if n_added else ():
                 if lost := int(rows[-n_added:].isnan().any(-1).sum()):
                     rule = f"has no {what} for {lost} of the {n_added} tokens that it adds"
-                    raise DenseModelError(who, rule, "give a model that was saved with it merged")
+                    raise DenseModelError(who, rule, "give a model into which the adapter was merged")
             for layer in model.modules():
                 if isinstance(layer, layer_types) and layer.disable_adapters:
                     if isinstance(layer, BaseTunerLayer) and layer.merged:
@@ -128,14 +130,14 @@ def merge_adapters(model: Any, who: str, name: str, n_added: int = 0) -> Any:
             got_btv, got_vd = forward(plain, tokens_bt), _embeddings(plain)
     for wanted, got, what in ((wanted_btv, got_btv, "logits"), (wanted_vd, got_vd, "embeddings")):
         if wanted.shape != got.shape:
-            raise DenseModelError(f"{problem}: with it there", f"are {what} of another shape", _OTHER_KIND)
+            raise DenseModelError(f"{problem}: the {what}", "would have another shape", _OTHER_KIND)
         error, tolerance = (
             largest_magnitude(got - wanted),
             max(PARITY_FP32, 8 * torch.finfo(got.dtype).eps) * max(1.0, largest_magnitude(wanted)),
         )
         if not error <= tolerance < torch.inf:
-            rule = f"would be off by {error:.2g} (tolerance {tolerance:.2g})"
-            raise DenseModelError(f"{problem}: {what}", rule, _OTHER_KIND)
+            rule = f"would differ by {error:.2g} (tolerance {tolerance:.2g})"
+            raise DenseModelError(f"{problem}: the {what}", rule, _OTHER_KIND)
     return plain
 
 
@@ -157,9 +159,9 @@ def _read_config(folder: Path, who: str) -> PeftConfig:
     known = {*dir(config), "peft_version", "runtime_config"}
     if unknown := sorted(key for key, value in given.items() if value and key not in known):
         rule = f"has a setting that this version of PEFT does not know, {unknown[0]!r}"
-        raise DenseModelError(who, rule, "install a later one")
+        raise DenseModelError(who, rule, "install a later version of PEFT")
     if config.task_type not in (None, "CAUSAL_LM"):
-        raise DenseModelError(who, f"is for the task {config.task_type}", "give one that was trained as a CAUSAL_LM")
+        raise DenseModelError(who, f"is for the task {config.task_type}", "give an adapter that was trained as a CAUSAL_LM")
     if getattr(config, "is_prompt_learning", False) or getattr(config, "is_adaption_prompt", False):
         rule = f"is {_adapter_kind(config)}, which changes no weights and cannot be merged into them"
         raise DenseModelError(who, rule, _OTHER_KIND)

@@ -47,26 +47,27 @@ def find_gguf(name: str) -> tuple[str, str] | None:
         on_hub = not path.exists() and len(parts) > 2 and parts[0] not in ("", ".", "..", "~") and not Path(parts[0]).is_dir()
         found = ("/".join(parts[:2]), "/".join(parts[2:])) if on_hub else (str(path.parent), path.name)
         if not on_hub and not path.is_file():
-            raise DenseModelError(who, "is not there", "give a .gguf file, or the folder that holds one")
+            raise DenseModelError(who, "does not exist", "give a .gguf file, or a folder that has one")
     else:
         files = [] if not path.is_dir() or any(path.glob("*.safetensors")) else sorted(path.glob("*.gguf"))
         if not files:
             return None
         if len(files) > 1:
             names = ", ".join(file.name for file in files[:4]) + (", ..." if len(files) > 4 else "")
-            raise DenseModelError(who, f"holds {len(files)} GGUF files ({names})", "say which with ‹gguf›")
+            raise DenseModelError(who, f"has {len(files)} GGUF files ({names})", "choose one with ‹gguf›")
         found = name, files[0].name
     if re.search(r"-\d{5}-of-\d{5}\.gguf$", found[1]):
         raise DenseModelError(who, f"is one part of several ({found[1]})", "join them with llama-gguf-split")
     if find_spec("gguf") is None:
-        raise DenseModelError(who, "is in GGUF, and the package that reads it is not here", "pip install 'bridge[gguf]'")
+        rule = "is in GGUF, and the package that reads GGUF is not installed"
+        raise DenseModelError(who, rule, "run pip install 'bridge[gguf]'")
     return found
 
 
 def named_gguf(model: str | None, file: str) -> str:
     """Return the full name of a GGUF file, given as a model (folder, hub id or None) and a file in it, or as a path."""
     if not file.endswith(".gguf"):
-        raise DenseModelError(f"‹gguf› {file!r}", "is no .gguf file", "name one")
+        raise DenseModelError(f"‹gguf› {file!r}", "is not a .gguf file", "give the name of one")
     if model is None or (Path(file).is_file() and not (Path(model) / file).is_file()):
         return file
     return str(Path(model) / file) if Path(model).is_dir() else f"{model}/{file}"
@@ -108,8 +109,8 @@ def _check_whole(model: Any, config: Any, who: str, path: Path) -> None:
     if sum(stored.values()) != sum(taken):
         left = Counter(stored.values()) - Counter(taken)
         odd = next((name for name, size in stored.items() if size in left), next(iter(stored), "nothing"))
-        what = f"holds {sum(stored.values()):,} weights, of which the model that transformers makes of it has {sum(taken):,}"
-        raise DenseModelError(f"{who} {what} ({odd} has no place in it)", remedy="give the model in safetensors")
+        rule = f"has {sum(stored.values()):,} weights, but the model that transformers makes from it has {sum(taken):,}"
+        raise DenseModelError(who, f"{rule} ({odd} has no place in that model)", "give the model in safetensors")
     fields = {name: field.contents() for name, field in reader.fields.items() if not name.startswith("tokenizer.")}
     architecture = f"{fields['general.architecture']}."
     given = {name.removeprefix(architecture): value for name, value in fields.items() if name.startswith(architecture)}
@@ -123,5 +124,5 @@ def _check_whole(model: Any, config: Any, who: str, path: Path) -> None:
         value, numbers = given.get(setting), [each for each in values if isinstance(each, (int, float))]
         if isinstance(value, (int, float)) and value and not any(isclose(value, each, rel_tol=1e-5) for each in numbers):
             found = ", ".join(map(str, values)) or "no such setting"
-            what = f"says {architecture}{setting} {value:g}, and the model that transformers makes of it has {found}"
-            raise DenseModelError(f"{who} {what}", remedy="give the model in safetensors")
+            rule = f"sets {architecture}{setting} to {value:g}, but the model that transformers makes from it has {found}"
+            raise DenseModelError(who, rule, "give the model in safetensors")

@@ -55,9 +55,9 @@ class Identity:
         """Return the identity from stored facts. Raises KeyError, TypeError or ValueError if a fact is missing or wrong."""
         weights, configuration, dtype = facts["weights"], facts["configuration"], facts["dtype"]
         if not (isinstance(weights, str) and isinstance(configuration, dict) and isinstance(dtype, str)):
-            raise TypeError("the identity of its dense model is not texts and settings")
+            raise TypeError("the identity of its dense model has values of wrong types")
         if facts["fingerprint"] != _digest(weights, configuration):
-            raise ValueError("the fingerprint of its dense model is not that of the weights and configuration beside it")
+            raise ValueError("the fingerprint of its dense model does not match the stored weights and configuration")
         return Identity(weights, configuration, dtype, tuple(map(float, facts["answers"])))
 
     def difference(self, now: Identity) -> str | None:
@@ -71,11 +71,11 @@ class Identity:
         if self.weights != now.weights:
             return "its weights differ"
         if len(self.answers) != len(now.answers):
-            return "it answers as many tokens as it was not asked"
+            return f"it gives {len(now.answers)} log-probabilities for comparison, and {len(self.answers)} are stored"
         off = max((abs(a - b) for a, b in zip(self.answers, now.answers, strict=True)), default=0.0)
         eps = max(torch.finfo(getattr(torch, one.dtype, torch.bfloat16)).eps for one in (self, now))
         if not off <= max(SAME_ANSWERS, 8 * eps * max(map(abs, self.answers), default=0.0)):
-            return f"weights and configuration are the same, but its log-probabilities are off by {off:.2g}: code has changed it"
+            return f"its weights and configuration are the same, but its log-probabilities differ by {off:.2g}: its code differs"
         return None
 
 

@@ -38,9 +38,10 @@ def check_weights(model: nn.Module, who: str, *, spread: bool = False) -> None:
         plain = isinstance(value, Tensor) and value.is_floating_point() and value.element_size() > 1
         if not plain or type(value) not in PLAIN or value.is_quantized:
             kind = str(getattr(value, "dtype", type(value).__name__)).removeprefix("torch.")
-            raise DenseModelError(who, f"is quantized ({name} is {kind})", "give it as it was before, or model.dequantize()")
+            remedy = "give the model as it was before, or call model.dequantize()"
+            raise DenseModelError(who, f"is quantized ({name} is {kind})", remedy)
     if any(type(module).__module__.startswith(("torch.ao.", "torch.quantiz")) for module in model.modules()):
-        raise DenseModelError(who, "is quantized by torch", "give it as it was before")
+        raise DenseModelError(who, "is quantized by torch", "give the model as it was before")
     devices = sorted({str(weight.device) for weight in weights.values()})
     if len(devices) > 1 and not spread:
         what = f"its weights are on several devices ({', '.join(devices)}), and bridge runs a dense model on one"

@@ -92,10 +92,10 @@ class Prompts:
         both = set.intersection(*starts) if starts else {0}
         prefixes = {tuple(row[: min(both)]) for row, _ in pairs} if both else set()
         if not both or len(prefixes) > 1:
-            what = f"the tokenizer of {self._who} changes a text's own tokens when it adds to them"
-            raise PromptError(what, remedy="give another one")
+            what = f"the tokenizer of {self._who} changes a text's own tokens when it adds special tokens"
+            raise PromptError(what, remedy="give another tokenizer")
         prefix = prefixes.pop() if prefixes else ()
-        self._check_vocabulary(prefix, "its tokenizer puts before every text")
+        self._check_vocabulary(prefix, "the prefix of its tokenizer has")
         return prefix
 
     @property
@@ -103,7 +103,7 @@ class Prompts:
         """Id of the token that ends a text; None if the tokenizer has none."""
         end: Any = getattr(self.tokenizer, "eos_token_id", None)
         if end is not None:
-            self._check_vocabulary([end], "its tokenizer ends a text with")
+            self._check_vocabulary([end], "the end token of its tokenizer is")
         return end
 
     @property
@@ -115,7 +115,7 @@ class Prompts:
         """Return each text's own tokens, with none added before or after. Raises PromptError for an id that the model lacks."""
         rows = self._plain(texts)
         for row in rows:
-            self._check_vocabulary(row, "the text holds")
+            self._check_vocabulary(row, "the text has")
         return rows
 
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
@@ -126,16 +126,16 @@ class Prompts:
         """Return a prompt's tokens. Raises PromptError if it is empty, longer than `context`, or not readable as text."""
         self.check()
         if wrong := unencodable_character(prompt):
-            raise PromptError("the prompt", f"holds {wrong}, which is no character of UTF-8 text", "give it in UTF-8")
+            raise PromptError("the prompt", f"has {wrong}, which is not a character of UTF-8 text", "give it in UTF-8")
         remedy = "give the text whose next token is to be explained"
         (body,) = self.bodies([prompt]) if prompt else [[]]
         if self.special.issuperset(body):
-            but = f" but for {self._listed(body)}" if body else ""
+            but = f" except for {self._listed(body)}" if body else ""
             raise PromptError("the prompt", f"is empty{but}", remedy)
         tokens = [*self._prefix_for(body), *body]
         if len(tokens) > context:
-            rule = f"is {len(tokens)} tokens long, and the context is {context}"
-            raise PromptError("the prompt", rule, "give its last part only")
+            rule = f"is {len(tokens)} tokens long, but the context is {context}"
+            raise PromptError("the prompt", rule, "give only its last part")
         return tokens
 
     def chat(self, text: str) -> str:
@@ -145,7 +145,7 @@ class Prompts:
             remedy = "leave out ‹chat›, or write the turns yourself"
             raise PromptError(f"the tokenizer of {self._who}", "has no chat template", remedy)
         turns = [{"role": "user", "content": text}]
-        with reraise_as(PromptError, f"the chat template of {self._who}", "refuses it", "leave out ‹chat›"):
+        with reraise_as(PromptError, f"the chat template of {self._who}", "rejects the text", "leave out ‹chat›"):
             return str(tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True))
 
     # -- tokens to text -------------------------------------------------------------------------------------------------
@@ -177,7 +177,7 @@ class Prompts:
         else:
             self.check()
             if wrong := unencodable_character(given):
-                rule = f"holds {wrong}, which is no character of UTF-8 text"
+                rule = f"has {wrong}, which is not a character of UTF-8 text"
                 raise PromptError(f"{role} {given!r}", rule, "give one token in UTF-8")
             token = self._named(given)
             token = self._after_prompt(given, prompt) if token is None else token
@@ -186,8 +186,8 @@ class Prompts:
             if token is None:
                 raise self._ambiguity_error(given, prompt, role)
         if token < 0 or (self.vocabulary is not None and token >= self.vocabulary):
-            last = "" if self.vocabulary is None else f" to {self.vocabulary - 1}"
-            raise PromptError(f"{role} {given}", "is no token of the dense model", f"ids go from 0{last}")
+            remedy = "give an id of 0 or more" if self.vocabulary is None else f"give an id from 0 to {self.vocabulary - 1}"
+            raise PromptError(f"{role} {given}", "is not a token of the dense model", remedy)
         return token
 
     def _named(self, text: str) -> int | None:
@@ -215,17 +215,18 @@ class Prompts:
         what, pieces = f"{role} {given!r}", f"is {len(tokens)} token{'' if len(tokens) == 1 else 's'} ({self._listed(tokens)})"
         if near:
             meanings = " or ".join(map(self._shown, near))
-            return PromptError(what, f"{pieces} and no single one after the prompt", f"it may mean {meanings}: give the #id")
+            remedy = f"give the #id of the token meant: {meanings}"
+            return PromptError(what, f"{pieces}, not a single token after the prompt", remedy)
         such = f", such as {self.text(tokens[0])!r}" if tokens else ""
-        return PromptError(what, f"{pieces}, and only a single token can be explained", f"give one{such}")
+        return PromptError(what, f"{pieces}, but only a single token can be explained", f"give a single token{such}")
 
     # -- helpers --------------------------------------------------------------------------------------------------------
 
     def _there(self) -> PreTrainedTokenizerBase:
         if self.tokenizer is None:
             if self.damage:
-                raise PromptError(self.missing, remedy="mend its files, or load the model with another")
-            raise PromptError(f"{self.missing},", "so no text can be read", "load it with one")
+                raise PromptError(self.missing, remedy="repair its files, or load the model with another tokenizer")
+            raise PromptError(f"{self.missing},", "so no text can be read", "load the model with a tokenizer")
         return self.tokenizer
 
     def _plain(self, texts: Sequence[str]) -> list[list[int]]:
@@ -239,9 +240,9 @@ class Prompts:
     def _check_vocabulary(self, tokens: Sequence[int], whose: str) -> None:
         """Raise PromptError for an id beyond the model's vocabulary."""
         if self.vocabulary is not None and tokens and (beyond := max(tokens)) >= self.vocabulary:
-            rule = f"has the ids 0 to {self.vocabulary - 1}: tokens were added to the tokenizer alone"
-            remedy = "resize the model's embeddings (resize_token_embeddings), or leave the token out"
-            raise PromptError(f"{whose} {self._shown(beyond)}, and {self._who}", rule, remedy)
+            rule = f"has only the ids 0 to {self.vocabulary - 1}: tokens were added to the tokenizer alone"
+            remedy = "resize the model's embeddings (resize_token_embeddings), or leave out the token"
+            raise PromptError(f"{whose} {self._shown(beyond)}, but {self._who}", rule, remedy)
 
     def _shown(self, token: int) -> str:
         return describe_token(self.text(token), token)
@@ -321,7 +322,7 @@ def load_tokenizer(name: str, revision: str | None = None) -> tuple[PreTrainedTo
         return None, f"{type(error).__name__}: {first_line(error)}" if gguf or _has_files(where, revision) else ""
     # a folder without tokenizer files can give an empty tokenizer rather than an error
     if len(tokenizer) <= len(set(tokenizer.all_special_ids)):
-        return None, "its files hold no tokens but special ones" if gguf or _has_files(where, revision) else ""
+        return None, "its files have no tokens except special ones" if gguf or _has_files(where, revision) else ""
     return tokenizer, ""
 
 

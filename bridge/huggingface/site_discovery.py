@@ -141,7 +141,7 @@ def probe_tokens(model: Any, who: str, context: int | None) -> Tensor:
     """Return a few rows of random tokens, none of them special. Raises DenseModelError if the model has no vocabulary."""
     config = model.config.get_text_config()
     if not isinstance(getattr(config, "vocab_size", None), int):
-        raise DenseModelError(who, "has no vocabulary, so it is not a language model", "give a decoder-only causal one")
+        raise DenseModelError(who, "has no vocabulary, so it is not a language model", "give a decoder-only causal model")
     special = [value for key, value in config.to_dict().items() if key.endswith("token_id")]
     ordinary = torch.tensor([token for token in range(config.vocab_size) if token not in special])
     shape = (PROBE_ROWS, min(PROBE_TOKENS, context or PROBE_TOKENS))
@@ -184,7 +184,8 @@ def watch_blocks(model: Any, who: str, tokens_bt: Tensor) -> tuple[list[_BlockCa
             except AttributeError as error:
                 raise DenseModelError(who, "gives no logits", "load it with its language-model head (...ForCausalLM)") from error
     if logits_btv.shape[:2] != tokens_bt.shape:
-        raise DenseModelError(who, f"gives logits of shape {tuple(logits_btv.shape)}, not one row per token: not a causal LM")
+        rule = f"gives logits of shape {tuple(logits_btv.shape)} instead of one row per token"
+        raise DenseModelError(who, rule, "give a decoder-only causal model")
 
     half = tokens_bt.shape[1] // 2
     later_changed_bt = torch.cat([tokens_bt[:, :half], tokens_bt[:, half:].roll(1, 0)], 1)
@@ -198,7 +199,7 @@ def watch_blocks(model: Any, who: str, tokens_bt: Tensor) -> tuple[list[_BlockCa
     if len(stacks) != 1:
         found = f"{len(stacks)} such lists ({', '.join(stacks)})" if stacks else "no such list"
         wanted = f"a list of its {depth} blocks, each called once on the residual"
-        raise DenseModelError(who, f"cannot be read at site 0: that takes {wanted}; found {found}")
+        raise DenseModelError(who, f"cannot be read at site 0: it needs {wanted}, but has {found}")
     return [calls[block][0] for block in lists[stacks[0]]], logits_btv
 
 
@@ -208,7 +209,7 @@ def watch_blocks(model: Any, who: str, tokens_bt: Tensor) -> tuple[list[_BlockCa
 def find_middles(who: str, calls: Sequence[_BlockCall]) -> tuple[DenseBlock, ...]:
     """Return the blocks with their middles, found from their calls on the probe. Raises DenseModelError at one without a site."""
     blocks: list[DenseBlock] = []
-    site, remedy = 0, "this architecture is not supported"
+    site, remedy = 0, "give a model of another architecture"
     for index, call in enumerate(calls):
         block = f"cannot be read at site {site}: block {index}"
         with reraise_as(DenseModelError, who, f"{block} does not run alone", remedy):
@@ -217,7 +218,7 @@ def find_middles(who: str, calls: Sequence[_BlockCall]) -> tuple[DenseBlock, ...
             raise DenseModelError(who, f"{block} depends on more than its arguments", remedy)
         middle = _find_middle(call, seen)
         if middle is None and not _is_parallel(call, seen):
-            what = f"no module of block {index} reads the residual between two sublayers, and it is not two sublayers in parallel"
+            what = f"no module of block {index} reads the residual between two sublayers, and these are not in parallel"
             raise DenseModelError(who, f"cannot be read at site {site + 1}: {what}")
         blocks.append(DenseBlock(call.block, middle, call.returns))
         site += 1 if middle is None else 2

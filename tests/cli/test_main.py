@@ -169,7 +169,7 @@ def test_tasks_of_a_dense_model_alone(dense_folder: Path, tmp_path: Path) -> Non
     ("arguments", "message"),
     [
         (["for_whlie"], "there is no task 'for_whlie'; did you mean 'for_while'?"),
-        (["--language", "latin"], "there are no tasks in the language 'latin'; there are some in python, english"),
+        (["--language", "latin"], "there are no tasks in the language 'latin'; use one of python, english"),
         (["ioi", "--language", "python"], "none of the named tasks is in the language 'python'; leave out --language"),
         (["--split", "dev"], "there is no split 'dev'; give one of train, validation, test"),
         (["--bridge", "nowhere", "--dense", "b"], "'nowhere' does not exist"),
@@ -255,7 +255,7 @@ def test_data_without_text_is_refused(dense_folder: Path, tmp_path: Path) -> Non
     data = tmp_path / "data.jsonl"
     data.write_text('{"label": 3, "score": 0.5}\n' * 10)
     result = run("fit", dense_folder, "--l0", 0.1, "--data", data, "--out", tmp_path / "run", *TINY)
-    assert_refused(result, "has no text column (found: label, score); name one of text")
+    assert_refused(result, "has no text column (found: label, score); rename a column to text")
     assert list(tmp_path.iterdir()) == [data]
 
 

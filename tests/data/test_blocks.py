@@ -270,7 +270,7 @@ def test_a_hub_data_set_is_streamed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("datasets.load_dataset", load_dataset)
     assert list(islice(documents("some/set:small"), 2)) == ["one", "two"]
     assert asked == [("some/set", "small", {"split": "train", "streaming": True})]
-    reason = "is no file here, nor could the hub stream it (the line went dead); name another"
+    reason = "is not a file here, and cannot be streamed from the hub (the line went dead); name another source"
     assert refusal("some/set") == f"data 'some/set' {reason}"
     assert asked[1][:2] == ("some/set", None)
 
@@ -286,7 +286,7 @@ def test_a_hub_data_set_offline_is_one_line_at_once() -> None:
     environment = {"HF_HUB_OFFLINE": "1", "PYTHONPATH": str(Path(data.__file__).parents[2])}
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment, timeout=60)
     (line,) = result.stdout.splitlines()
-    assert line.startswith("data 'no-one/nothing' is no file here, nor could the hub stream it (")
+    assert line.startswith("data 'no-one/nothing' is not a file here, and cannot be streamed from the hub (")
     assert "retry" not in result.stderr.lower()
 
 
@@ -302,7 +302,7 @@ def test_a_folder_without_text(tmp_path: Path) -> None:
     (tmp_path / "picture.png").write_bytes(b"\xff")
     known = ".txt, .md, .rst, .py, .jsonl, .ndjson, .json, .csv, .tsv, .parquet, .arrow"
     packed = ".gz, .bz2, .xz, .zst"
-    assert refusal(tmp_path) == f"data {str(tmp_path)!r} holds no file ending in {known} (also with {packed} behind it)"
+    assert refusal(tmp_path) == f"data {str(tmp_path)!r} contains no file ending in {known} (each may be followed by {packed})"
 
 
 @pytest.mark.parametrize(
@@ -312,9 +312,9 @@ def test_a_folder_without_text(tmp_path: Path) -> None:
         ("a.jsonl", b'{"text": "caf\xe9"}', "is not UTF-8 text; convert it, or give jsonl or parquet"),
         ("a.jsonl", b'{"text": "a"}\n\n{"text": ', "is not JSON lines (Expecting value: line 3, column 9)"),
         ("a.json", b"[1, 2", "is not JSON (Expecting ',' delimiter: line 1 column 6 (char 5))"),
-        ("a.jsonl", b'{"body": "a", "id": 3}', "has no text column (found: body, id); name one of "),
-        ("a.jsonl", b'{"text": 3}', "holds a number in its column 'text'; make it one text a row"),
-        ("a.jsonl", b"{}", "has no text column (found: none); name one of "),
+        ("a.jsonl", b'{"body": "a", "id": 3}', "has no text column (found: body, id); rename a column to "),
+        ("a.jsonl", b'{"text": 3}', "has a number in its column 'text'; store one text per row"),
+        ("a.jsonl", b"{}", "has no text column (found: none); rename a column to "),
         (
             "a.jsonl",
             b'{"text": "a"}\n{"text": ' + b"1" * 5000 + b"}",
@@ -324,9 +324,9 @@ def test_a_folder_without_text(tmp_path: Path) -> None:
         ("a.json", b"1" * 5000, "is not JSON (Exceeds the limit (4300 digits) for integer"),
         ("a.json", b"[" * 100_000, "is not JSON (maximum recursion depth exceeded"),
         ("a.json", b'["caf\xe9"]', "is not UTF-8 text; convert it, or give jsonl or parquet"),
-        ("a.json", rb'["a", "\ud800"]', r"holds '\ud800', which is no character of UTF-8 text; write it again without"),
-        ("a.jsonl", rb'{"code": "\udcff"}', r"holds '\udcff', which is no character of UTF-8 text; write it again without"),
-        ("a.json", b"[3]", "has no text column (found: int); name one of "),
+        ("a.json", rb'["a", "\ud800"]', r"has '\ud800', which is not a character of UTF-8 text; remove it"),
+        ("a.jsonl", rb'{"code": "\udcff"}', r"has '\udcff', which is not a character of UTF-8 text; remove it"),
+        ("a.json", b"[3]", "has no text column (found: int); rename a column to "),
         ("a.parquet", b"PAR1 but not really", "is not a readable parquet file ("),
     ],
 )
@@ -358,7 +358,7 @@ def test_a_small_token_budget_is_not_too_little_text(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("ids", "reason"),
     [
-        ([3, 300, 4], "has the token id 300, but the dense model's vocabulary is 258; tokenize it with the model's own "),
+        ([3, 300, 4], "has the token id 300, but the dense model has 258 tokens; tokenize it with the model's own "),
         ([3, -100, 4], "has the token id -100, but ids start at 0; tokenize it with the model's own tokenizer"),
         ([3, 1.5, 4], "has input_ids that are not whole numbers ("),
         ([3, "4", 4], "has input_ids that are not whole numbers ("),
@@ -374,7 +374,7 @@ def test_token_ids_that_the_model_does_not_have(ids: list[Any], reason: str, tmp
 
 def test_text_without_a_tokenizer(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("text")
-    with pytest.raises(DataError, match="the data is text, and the model has no tokenizer; give it one that can be read, or"):
+    with pytest.raises(DataError, match="the data is text, but the model has no tokenizer; give the model a tokenizer that"):
         load_blocks(str(tmp_path / "a.txt"), None, 4)
 
 

@@ -134,14 +134,14 @@ def test_the_column_that_is_filled_is_taken_row_by_row(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("row", "reason"),
     [
-        ({"text": ["a", "b"]}, "holds a list of strings in its column 'text'; make it one text a row"),
-        ({"text": [{"a": 1}]}, "holds a list in its column 'text'; make it one text a row"),
-        ({"content": {"parts": ["a"]}}, "holds a nested value in its column 'content'; make it one text a row"),
-        ({"messages": "Hello"}, "holds a conversation whose messages are not of role and content; write them so"),
-        ({"messages": [{"role": "user"}]}, "holds a conversation whose messages are not of role and content; write them so"),
+        ({"text": ["a", "b"]}, "has a list of strings in its column 'text'; store one text per row"),
+        ({"text": [{"a": 1}]}, "has a list in its column 'text'; store one text per row"),
+        ({"content": {"parts": ["a"]}}, "has a nested value in its column 'content'; store one text per row"),
+        ({"messages": "Hello"}, "has a message without role or content; give each message both"),
+        ({"messages": [{"role": "user"}]}, "has a message without role or content; give each message both"),
         ({"input_ids": "1 2 3"}, "has input_ids that are not whole numbers (a text); tokenize it again"),
-        ({"input_ids": [1, 2], "attention_mask": [1]}, "has an attention_mask of 1 for 2 input_ids; tokenize it again"),
-        ({"instruction": "a", "output": "b"}, "has no text column (found: instruction, output); name one of text, content, "),
+        ({"input_ids": [1, 2], "attention_mask": [1]}, "has 2 input_ids and an attention_mask of length 1; tokenize it again"),
+        ({"instruction": "a", "output": "b"}, "has no text column (found: instruction, output); rename a column to text, "),
     ],
 )
 def test_rows_that_are_no_text_say_why(row: dict[str, Any], reason: str, tmp_path: Path) -> None:
@@ -153,17 +153,17 @@ def test_rows_that_are_no_text_say_why(row: dict[str, Any], reason: str, tmp_pat
     [
         ("a.csv", b"text\nhello, world\n", "is not CSV (more fields than the first line has names: line 2)"),
         ("a.csv", b'text\n"open\n', "is not CSV (unexpected end of data: line "),
-        ("a.csv", b"text;label\na;1\n", "has no text column (found: text;label); name one of "),
+        ("a.csv", b"text;label\na;1\n", "has no text column (found: text;label); rename a column to "),
         ("a.csv", b"text\ncaf\xe9\n", "is not UTF-8 text; convert it, or give jsonl or parquet"),
-        ("a.zip", b"PK\x03\x04", "is an archive; unpack it, and name what was in it"),
-        ("a.tar.gz", b"\x1f\x8b", "is an archive; unpack it, and name what was in it"),
-        ("a.parquet.gz", b"\x1f\x8b", "is an archive; unpack it, and name what was in it"),
+        ("a.zip", b"PK\x03\x04", "is an archive; unpack it, and name the unpacked file"),
+        ("a.tar.gz", b"\x1f\x8b", "is an archive; unpack it, and name the unpacked file"),
+        ("a.parquet.gz", b"\x1f\x8b", "is an archive; unpack it, and name the unpacked file"),
         ("a.txt.gz", b"plain", "cannot be unpacked (Not a gzipped file"),
         ("a.arrow", b"nothing of the kind", "is not a readable arrow file ("),
         (
             "a.txt",
             b"version https://git-lfs.github.com/spec/v1\noid",
-            "stands for a file that was not fetched; run `git lfs pull`",
+            "is a pointer to a file that was not fetched; run `git lfs pull`",
         ),
     ],
 )
@@ -206,10 +206,10 @@ def test_chats_are_written_out_by_the_tokenizers_template(form: str, bos: bool, 
 
 def test_chats_that_cannot_be_written_out(tmp_path: Path) -> None:
     path = write_jsonl(tmp_path / "a.jsonl", [{"messages": [{"role": "odd", "content": "a"}]}])
-    assert refused(path) == "is chat, and the model's tokenizer has no chat template; give it as text"
+    assert refused(path) == "is chat, but the model's tokenizer has no chat template; give it as text"
     tokenizer = letters()
     tokenizer.chat_template = TEMPLATE
-    assert refusal(path, tokenizer).endswith("holds a chat that the tokenizer's template refuses (no such role); leave it out")
+    assert refusal(path, tokenizer).endswith("has a chat that the tokenizer's template rejects (no such role); remove the chat")
 
 
 # -- folders ------------------------------------------------------------------------------------------------------------
@@ -292,11 +292,14 @@ def test_a_data_set_of_several_configurations_is_asked_which(tmp_path: Path) -> 
 @pytest.mark.parametrize(
     ("files", "reason"),
     [
-        ({"README.md": CARD, "test.jsonl": line("a")}, "has the splits test, none or several to train on; name a file of it"),
-        ({"test.jsonl": line("a")}, "has nothing to train on but its split test; name a file of it to take that"),
+        (
+            {"README.md": CARD, "test.jsonl": line("a")},
+            "has the splits test, but not exactly one to train on; name one of its files",
+        ),
+        ({"test.jsonl": line("a")}, "has only its split test, and nothing to train on; name one of its files to use it"),
         (
             {"README.md": CARD, "set.py": "code", "train.jsonl": line("a")},
-            "is a data set that cannot be resolved (Dataset scripts are no longer supported, but found set.py); name its data ",
+            "is a data set that cannot be resolved (Dataset scripts are no longer supported, but found set.py); name one of its ",
         ),
         (
             {"README.md": "---\nconfigs:\n- config_name: x\n  data_files: gone/*\n---\n", "a.jsonl": line("a")},
@@ -321,9 +324,9 @@ def test_what_datasets_saved(tmp_path: Path) -> None:
     DatasetDict({"train_sft": table.select([2]), "test_sft": table.select([1])}).save_to_disk(str(tmp_path / "sft"))
     assert read(tmp_path / "sft") == ([TEXTS[2]], "split test_sft")
     DatasetDict({"a": table, "b": table}).save_to_disk(str(tmp_path / "two"))
-    assert refused(tmp_path / "two") == "has the splits a, b, none or several to train on; name the folder of one"
+    assert refused(tmp_path / "two") == "has the splits a, b, but not exactly one to train on; name the folder of one split"
     table.remove_columns("text").save_to_disk(str(tmp_path / "none"))
-    assert refused(tmp_path / "none").startswith("has no text column (found: id); name one of ")
+    assert refused(tmp_path / "none").startswith("has no text column (found: id); rename a column to ")
     shutil.rmtree(tmp_path / "splits" / "train")
     assert refused(tmp_path / "splits").startswith("is a saved data set that cannot be loaded (")
 

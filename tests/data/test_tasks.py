@@ -83,7 +83,7 @@ def one(example: Example) -> Task:
 def test_the_papers_tasks_are_there() -> None:
     assert len(task_names("python")) == 20 and len(task_names("english")) == 5
     assert len(set(task_names())) == 25
-    with pytest.raises(TaskError, match="no tasks in the language 'latin'; there are some in python, english"):
+    with pytest.raises(TaskError, match="no tasks in the language 'latin'; use one of python, english"):
         task_names("latin")
 
 
@@ -214,7 +214,7 @@ def test_what_is_dropped_and_why(example: Example, context: int | None, reason: 
 
 def test_a_model_without_a_tokenizer_has_no_tasks() -> None:
     with pytest.raises(
-        TaskError, match="task 'ioi' cannot be read: the model has no tokenizer, so no text can be read; load it with one"
+        TaskError, match="task 'ioi' cannot be read: the model has no tokenizer, so no text can be read; load the model with"
     ):
         resolve(load_task("ioi"), None)
 
@@ -330,38 +330,38 @@ def jsonl(**changes: Any) -> str:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("{", "line 1: not JSON (Expecting property name enclosed in double quotes); write one object per line"),
-        ("\n[1]\n", "line 2: [1] is no example; write prompt, counterfactual, answer and wrong as keys"),
+        ("{", "line 1 is not JSON (Expecting property name enclosed in double quotes); write one object per line"),
+        ("\n[1]\n", "line 2: [1] is not an example; give it prompt, counterfactual, answer and wrong"),
         (jsonl(anwser="x"), "line 1: there is no key 'anwser'; did you mean 'answer'?"),
-        (jsonl(zzz="x"), "line 1: there is no key 'zzz'; the keys are prompt, counterfactual,"),
-        (jsonl(counterfactual=...), "line 1: there is no counterfactual; a pair needs both prompts, add it"),
-        (jsonl(answer=...), "line 1: there is no answer; give answer, or answers: a list of spellings, or 'not wrongs'"),
+        (jsonl(zzz="x"), "line 1: there is no key 'zzz'; use one of prompt, counterfactual,"),
+        (jsonl(counterfactual=...), "line 1: counterfactual is missing; give both prompts of the pair"),
+        (jsonl(answer=...), "line 1: answer is missing; give answer, or give answers as a list of spellings or as 'not wrongs'"),
         (jsonl(answer=True), "line 1: answer has True, which is not text; put it in quotes"),
-        (jsonl(prompt=""), "line 1: prompt has an empty text; write what it is"),
-        (jsonl(answers=["a"]), "line 1: there are both answer and answers; keep one of them"),
-        (jsonl(wrongs=[]), "line 1: wrongs is [], not a list of spellings; write some, or 'not answers'"),
+        (jsonl(prompt=""), "line 1: prompt has an empty text; write the text"),
+        (jsonl(answers=["a"]), "line 1: there are both answer and answers; keep only one of them"),
+        (jsonl(wrongs=[]), "line 1: wrongs is [], not a list of spellings; give a list, or 'not answers'"),
         (jsonl(wrongs="x"), "line 1: wrongs is 'x', not a list of spellings"),
-        (jsonl(wrongs=[" in"]), "line 1: ' in' is both an answer and a wrong one; remove it from one of them"),
+        (jsonl(wrongs=[" in"]), "line 1: ' in' is both an answer and a wrong answer; remove it from one of them"),
         (
             jsonl(answer=..., answers="not wrongs", wrongs="not answers"),
-            "line 1: answers and wrongs are each what the other is not",
+            "line 1: answers and wrongs are both given by what they are not; list the spellings of one of them",
         ),
         (jsonl(counterfactual="for a"), "line 1: prompt and counterfactual are the same; change what decides the answer"),
-        (jsonl(split="dev"), "line 1: there is no split 'dev'; it is one of train, validation, test"),
-        (jsonl() + jsonl(prompt="if a"), "line 2: the prompt 'while a' is in line 1 already; keep one of the two"),
+        (jsonl(split="dev"), "line 1: there is no split 'dev'; give one of train, validation, test"),
+        (jsonl() + jsonl(prompt="if a"), "line 2: the prompt 'while a' is already in line 1; keep only one of the two"),
         (
             jsonl(split="test") + jsonl(prompt="if a", counterfactual="b"),
-            "line 2: it has none of split, line 1 has one; give a split to all or to none",
+            "line 2: the example has no split, and the one in line 1 has a split; give a split to all examples or to none",
         ),
         (
             jsonl(prompt="\ud800"),
-            r"line 1: prompt holds '\ud800', which is no character of UTF-8 text; write the whole character",
+            r"line 1: prompt has '\ud800', which is not a character of UTF-8 text; write the whole character",
         ),
-        (jsonl(wrongs=["a", "x\udcff"]), r"line 1: wrongs holds '\udcff', which is no character of UTF-8 text"),
-        ("1" * 5000 + "\n", "line 1: not JSON (Exceeds the limit (4300 digits) for integer string conversion"),
-        ("[" * 100_000 + "\n", "line 1: not JSON (maximum recursion depth exceeded"),
+        (jsonl(wrongs=["a", "x\udcff"]), r"line 1: wrongs has '\udcff', which is not a character of UTF-8 text"),
+        ("1" * 5000 + "\n", "line 1 is not JSON (Exceeds the limit (4300 digits) for integer string conversion"),
+        ("[" * 100_000 + "\n", "line 1 is not JSON (maximum recursion depth exceeded"),
         ("", "has no examples; give one per line"),
-        (jsonl(), "has 1 example, too few to split in three; add some, or give each a split"),
+        (jsonl(), "has 1 example, too few for three splits; add examples, or give each one a split"),
     ],
 )
 def test_a_mistake_in_a_file_is_one_line(text: str, message: str, tmp_path: Path) -> None:
@@ -375,28 +375,40 @@ def test_a_mistake_in_a_file_is_one_line(text: str, message: str, tmp_path: Path
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("prompt: a\n", "line 1: not a list; begin each example with a dash"),
-        ("- prompt: 'a\n", "line 2: not YAML (found unexpected end of stream); quote texts that have marks in them"),
+        ("prompt: a\n", "line 1 is not a list; begin each example with a dash"),
+        ("- prompt: 'a\n", "line 2 is not YAML (found unexpected end of stream); put texts that have punctuation in quotes"),
         ("# x\n\n- prompt: a\n  counterfactual: b\n  answer: yes\n  wrong: c\n", "line 3: answer has True, which is not text"),
-        ("- a: \x00", "not YAML"),
-        ("- !!python/object:os.system {}\n", "not YAML (could not determine a constructor"),
-        ("- a: x\n- prompt: 2024-13-45\n", "line 2: not a value that YAML reads (month must be in 1..12); put texts in quotes"),
-        ("- prompt: 2024-02-30\n", "line 1: not a value that YAML reads (day is out of range for month); put texts in quotes"),
-        ("- prompt: !!int abc\n", "line 1: not a value that YAML reads (invalid literal for int() with base 10: 'abc'); put"),
-        ("- prompt: !!int ''\n", "line 1: not a value that YAML reads (of another type than its tag says); put texts in quotes"),
-        ("- prompt: !!float abc\n", "line 1: not a value that YAML reads (could not convert string to float: 'abc'); put"),
+        ("- a: \x00", "is not YAML ("),
+        ("- !!python/object:os.system {}\n", "is not YAML (could not determine a constructor"),
+        (
+            "- a: x\n- prompt: 2024-13-45\n",
+            "line 2 has a value that YAML cannot read (month must be in 1..12); put texts in quotes",
+        ),
+        (
+            "- prompt: 2024-02-30\n",
+            "line 1 has a value that YAML cannot read (day is out of range for month); put texts in quotes",
+        ),
+        (
+            "- prompt: !!int abc\n",
+            "line 1 has a value that YAML cannot read (invalid literal for int() with base 10: 'abc'); put",
+        ),
+        (
+            "- prompt: !!int ''\n",
+            "line 1 has a value that YAML cannot read (its type is not that of its tag); put texts in quotes",
+        ),
+        ("- prompt: !!float abc\n", "line 1 has a value that YAML cannot read (could not convert string to float: 'abc'); put"),
         (
             "- prompt: !!bool abc\n",
-            "line 1: not a value that YAML reads (of another type than its tag says); put texts in quotes",
+            "line 1 has a value that YAML cannot read (its type is not that of its tag); put texts in quotes",
         ),
-        ("- prompt: !!timestamp abc\n", "line 1: not a value that YAML reads (of another type than its tag says); put texts"),
-        (f"- prompt: {'1' * 5000}\n", "line 1: not a value that YAML reads (Exceeds the limit (4300 digits) for integer"),
+        ("- prompt: !!timestamp abc\n", "line 1 has a value that YAML cannot read (its type is not that of its tag); put texts"),
+        (f"- prompt: {'1' * 5000}\n", "line 1 has a value that YAML cannot read (Exceeds the limit (4300 digits) for integer"),
         (
             f"- prompt: 0x{'f' * 5000}\n  counterfactual: b\n",
             "line 1: prompt has a large int, which is not text; put it in quotes",
         ),
-        ("- " + "[" * 5000, "nested too deeply; an example is keys and texts"),
-        ('- prompt: "\\uD800"\n  counterfactual: b\n', "line 1: prompt holds"),
+        ("- " + "[" * 5000, "is nested too deeply; write each example as keys and texts"),
+        ('- prompt: "\\uD800"\n  counterfactual: b\n', "line 1: prompt has '"),
     ],
 )
 def test_a_mistake_in_yaml_is_one_line(text: str, message: str, tmp_path: Path) -> None:
@@ -412,7 +424,7 @@ def test_a_task_that_is_not_there(tmp_path: Path) -> None:
         load_task("for_whlie")
     with pytest.raises(TaskError, match="there is no file '.*own.jsonl'; give the path of a task file"):
         load_task(tmp_path / "own.jsonl")
-    with pytest.raises(TaskError, match="is no task file; a task is a file of examples whose name ends in .jsonl"):
+    with pytest.raises(TaskError, match="is not a task file; give a file of examples whose name ends in .jsonl"):
         load_task(tmp_path)
     (tmp_path / "own.jsonl").write_bytes(b"\xff")
     with pytest.raises(TaskError, match="own.jsonl is not UTF-8 text .byte 0.; save it as UTF-8"):

@@ -332,14 +332,14 @@ def test_what_cannot_be_explained_is_one_line(coupled: CoupledModels, explanatio
     cases: list[tuple[dict[str, Any], str]] = [
         ({"prompt": ""}, "the prompt is empty; give the text whose next token is to be explained"),
         ({"prompt": "<end>"}, "the prompt is empty"),
-        ({"prompt": " ".join(["w5"] * 17)}, "the prompt is 17 tokens long, and the context is 16; give its last part only"),
-        ({"target": "w5 w6"}, "target 'w5 w6' is 2 tokens ('w5' 'w6'), and only a single token can be explained"),
+        ({"prompt": " ".join(["w5"] * 17)}, "the prompt is 17 tokens long, but the context is 16; give only its last part"),
+        ({"target": "w5 w6"}, "target 'w5 w6' is 2 tokens ('w5' 'w6'), but only a single token can be explained"),
         ({"target": "w5 w6"}, "; give one, such as 'w5'"),
-        ({"contrast": ""}, "contrast '' is 0 tokens (none), and only a single token can be explained; give one"),
+        ({"contrast": ""}, "contrast '' is 0 tokens (none), but only a single token can be explained; give a single token"),
         ({"target": "zebra"}, "target 'zebra' is not in the dense model's vocabulary; give one of its tokens"),
         ({"target": "w7", "contrast": "#7"}, "target and contrast are both 'w7' (#7); name two different tokens"),
-        ({"prompt": "w5 \udcff"}, r"the prompt holds '\udcff', which is no character of UTF-8 text; give it in UTF-8"),
-        ({"target": "\ud800"}, r"target '\ud800' holds '\ud800', which is no character of UTF-8 text; give one token in UTF-8"),
+        ({"prompt": "w5 \udcff"}, r"the prompt has '\udcff', which is not a character of UTF-8 text; give it in UTF-8"),
+        ({"target": "\ud800"}, r"target '\ud800' has '\ud800', which is not a character of UTF-8 text; give one token in UTF-8"),
         ({"counterfactual": "w5 \ud800"}, r"the prompt holds '\ud800'"),
         ({"counterfactual": "w5"}, "the counterfactual has 1 tokens and the prompt 4; give one of equal length"),
         ({"counterfactual": PROMPT}, "the counterfactual is the prompt itself; change what decides the answer"),
@@ -358,7 +358,7 @@ def test_a_coupling_that_cannot_explain_says_why(coupled: CoupledModels):
     with pytest.raises(ExplainError, match="no reference text"):
         explain(coupled, PROMPT, reference_bt=torch.zeros(0, 16, dtype=torch.long))
     silent = dataclasses.replace(coupled, dense=load_dense(tiny_gpt2()))
-    with pytest.raises(PromptError, match="'GPT2LMHeadModel' has no tokenizer, so no text can be read; load it with one"):
+    with pytest.raises(PromptError, match="'GPT2LMHeadModel' has no tokenizer, so no text can be read; load the model with"):
         explain(silent, PROMPT)
 
 

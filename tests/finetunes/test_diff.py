@@ -161,7 +161,7 @@ def test_where_no_answer_changes_nothing_is_listed(base: CoupledModels) -> None:
 
 
 def test_couplings_that_do_not_correspond_are_refused(base: CoupledModels, tmp_path: Path) -> None:
-    with pytest.raises(DiffError, match="does not go on from another coupling"):
+    with pytest.raises(DiffError, match="was not adapted from another coupling, so its nodes do not correspond"):
         diff(base, base, PROMPT)
     with pytest.raises(DiffError, match="no prompt"):
         diff(base, gone_on(base), [])
@@ -170,7 +170,7 @@ def test_couplings_that_do_not_correspond_are_refused(base: CoupledModels, tmp_p
     assert read_prompts(file) == ["w3 w4", "w5"]
     for wrong in ("w3", "3", '["w3"]'):
         file.write_text(f'"w3"\n{wrong}\n')
-        with pytest.raises(DiffError, match="line 2 of .* is no JSON string"):
+        with pytest.raises(DiffError, match="line 2 of .* is not a JSON string"):
             read_prompts(file)
 
 
@@ -184,7 +184,10 @@ def test_the_command_compares_and_writes(folder: Path, base: CoupledModels, tune
     )
     assert result.exit_code == 0, result.stderr
     assert "VERDICT" in result.stdout and (tmp_path / "d.json").is_file()
-    assert_refused(run("diff", folder / "base", folder / "base", "--prompt", PROMPT), "does not go on from another coupling")
+    assert_refused(
+        run("diff", folder / "base", folder / "base", "--prompt", PROMPT),
+        "was not adapted from another coupling, so its nodes do not correspond",
+    )
     assert_refused(run("diff", folder / "base", folder / "tuned"), "no prompt")
 
 

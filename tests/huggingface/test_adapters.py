@@ -246,7 +246,7 @@ def test_what_is_no_change_of_weights_is_refused_by_name(kind: str, tmp_path: Pa
     live = adapted(model, config)
     base, adapter = saved(tmp_path, model, live)
     message = refusal(base, adapter=adapter)
-    assert named in message and str(adapter) in message and "give one that only changes weights" in message
+    assert named in message and str(adapter) in message and "give an adapter that only changes weights" in message
     message = refusal(live)
     assert named in message and message.startswith("its adapter (") and "of model 'LlamaForCausalLM'" in message
 
@@ -257,11 +257,11 @@ def test_what_peft_would_merge_wrong_is_refused(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(peft.tuners.lora.layer.Linear, "get_delta_weight", lambda *a: 1.01 * whole(*a))
     message = refusal(live)
     assert message.startswith(
-        "its adapter (LORA) cannot be merged into the weights of model 'LlamaForCausalLM': logits would be off"
+        "its adapter (LORA) cannot be merged into the weights of model 'LlamaForCausalLM': the logits would differ by"
     )
     monkeypatch.undo()
     live.base_model.model.model.layers[0].mlp.down_proj.lora_A["default"].weight.data[0, 0] = torch.nan
-    assert "logits would be off by inf" in refusal(live)
+    assert "the logits would differ by inf" in refusal(live)
 
 
 def test_an_adapter_of_another_model_is_refused(tmp_path: Path) -> None:
@@ -272,14 +272,15 @@ def test_an_adapter_of_another_model_is_refused(tmp_path: Path) -> None:
     shallow.config.num_hidden_layers = 2
     message = refusal(shallow, adapter=adapter)
     assert message == (
-        f"adapter '{adapter}' does not fit model 'LlamaForCausalLM': it has weights for what is not in it, "
-        "base_model.model.model.layers.2.mlp.down_proj.lora_A.weight (4 such); give the model that it was trained on"
+        f"adapter '{adapter}' does not fit model 'LlamaForCausalLM': it has weights that the model has no place for, "
+        "such as base_model.model.model.layers.2.mlp.down_proj.lora_A.weight (4 in all); give the model that it was trained on"
     )
     deep = copy.deepcopy(model)
     deep.model.layers.append(copy.deepcopy(deep.model.layers[0]))
     deep.config.num_hidden_layers = LAYERS + 1
     message = refusal(deep, adapter=adapter)
-    assert "it has no weights for what it changes, base_model.model.model.layers.3." in message and "(4 such)" in message
+    assert "it lacks weights for modules that it changes, such as base_model.model.model.layers.3." in message
+    assert "(4 in all)" in message
     other = adapted(tiny("gpt2"), lora("c_attn", **GPT2))
     _, of_gpt2 = saved(tmp_path / "gpt2", tiny("gpt2"), other)
     message = refusal(base, adapter=of_gpt2)
@@ -346,7 +347,7 @@ def test_damaged_adapters_are_refused(tmp_path: Path, monkeypatch: pytest.Monkey
 
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
-    assert "is neither a folder here nor an adapter that the Hugging Face hub or its cache gives" in refused(tmp_path / "nowhere")
+    assert "is neither a folder here nor an adapter on the Hugging Face hub or in its cache (" in refused(tmp_path / "nowhere")
     assert "is neither a folder here nor" in refusal(base, adapter="someone/adapter")
 
 
@@ -435,7 +436,7 @@ def test_added_tokens_without_weights(tmp_path: Path) -> None:
         return refusal(base, adapter=tmp_path / name).replace(f"adapter '{tmp_path / name}'", "IT")
 
     part = lora("q_proj", trainable_token_indices=MORE[1:])
-    remedy = "give a model that was saved with it merged"
+    remedy = "give a model into which the adapter was merged"
     assert refused("part", part, False) == f"IT has no embeddings for 1 of the 3 tokens that it adds; {remedy}"
     headless = lora("q_proj", "embed_tokens")
     assert refused("headless", headless, True) == f"IT has no output weights for 3 of the 3 tokens that it adds; {remedy}"

@@ -136,7 +136,7 @@ def test_the_commands_take_a_gguf(folder: Path, tmp_path: Path) -> None:
         assert result.exit_code == 0 and load_dense(files[1]).fingerprint()[:16] in result.stdout
     assert_refused(
         run("info", tmp_path / "two"),
-        f"model {str(tmp_path / 'two')!r} holds 2 GGUF files (a.gguf, b.gguf); say which with --gguf",
+        f"model {str(tmp_path / 'two')!r} has 2 GGUF files (a.gguf, b.gguf); choose one with --gguf",
     )
     (tmp_path / "text.txt").write_text("abc ab\n" * 4000)
     out = tmp_path / "coupling"
@@ -151,7 +151,8 @@ def test_the_commands_take_a_gguf(folder: Path, tmp_path: Path) -> None:
     assert bridge.load(out).dense.name == str(files[0])
     (tmp_path / "two").rename(tmp_path / "moved")
     assert_refused(
-        run("eval", out, "--device", "cpu"), "a.gguf' is not there; give a .gguf file, or the folder that holds one; or say"
+        run("eval", out, "--device", "cpu"),
+        "a.gguf' does not exist; give a .gguf file, or a folder that has one; or give its path with --dense",
     )
     assert run("eval", out, "--dense", tmp_path / "moved" / "a.gguf", "--device", "cpu").exit_code == 0
 
@@ -176,7 +177,7 @@ def refusal(name: Path) -> str:
 def test_a_tensor_without_a_place_is_refused(tmp_path: Path) -> None:
     """Llama 3's rotary factors: transformers leaves them out without a word."""
     message = refusal(write_gguf(tmp_path / "tiny.gguf", extra={"rope_freqs.weight": np.full(WIDTH // HEADS // 2, 4.0)}))
-    assert "rope_freqs.weight has no place in it" in message and message.endswith("give the model in safetensors")
+    assert "rope_freqs.weight has no place in that model" in message and message.endswith("give the model in safetensors")
 
 
 @pytest.mark.parametrize(
@@ -184,11 +185,11 @@ def test_a_tensor_without_a_place_is_refused(tmp_path: Path) -> None:
     [
         (
             {"rope.scaling.factor": 4.0},
-            "says llama.rope.scaling.factor 4, and the model that transformers makes of it has no such",
+            "sets llama.rope.scaling.factor to 4, but the model that transformers makes from it has no such",
         ),
-        ({"attention.sliding_window": 8.0}, "says llama.attention.sliding_window 8"),
-        ({"final_logit_softcapping": 30.0}, "says llama.final_logit_softcapping 30"),
-        ({"residual_scale": 0.5}, "says llama.residual_scale 0.5"),
+        ({"attention.sliding_window": 8.0}, "sets llama.attention.sliding_window to 8"),
+        ({"final_logit_softcapping": 30.0}, "sets llama.final_logit_softcapping to 30"),
+        ({"residual_scale": 0.5}, "sets llama.residual_scale to 0.5"),
     ],
 )
 def test_a_setting_that_is_left_out_is_refused(said: dict[str, float], message: str, tmp_path: Path) -> None:
@@ -202,17 +203,21 @@ def test_files_that_cannot_be_read_are_refused(folder: Path, tmp_path: Path, mon
     (tmp_path / "other.gguf").write_bytes(whole.replace(b"llama", b"zorka"))
     for name in ("cut", "text", "other"):
         assert "cannot be loaded" in refusal(tmp_path / f"{name}.gguf")
-    assert "is not there; give a .gguf file" in refusal(tmp_path / "none.gguf")
+    assert "does not exist; give a .gguf file" in refusal(tmp_path / "none.gguf")
     (tmp_path / "big-00001-of-00002.gguf").write_bytes(whole)
     assert "is one part of several" in refusal(tmp_path / "big-00001-of-00002.gguf")
-    assert_refused(run("info", folder, "--gguf", "model.safetensors"), "--gguf 'model.safetensors' is no .gguf file; name one")
+    assert_refused(
+        run("info", folder, "--gguf", "model.safetensors"), "--gguf 'model.safetensors' is not a .gguf file; give the name of one"
+    )
 
 
 def test_without_the_package_it_says_what_to_install(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
         "bridge.huggingface.gguf_file.find_spec", lambda name: None if name == "gguf" else sys.modules[name].__spec__
     )
-    assert refusal(folder).endswith("is in GGUF, and the package that reads it is not here; pip install 'bridge[gguf]'")
+    assert refusal(folder).endswith(
+        "is in GGUF, and the package that reads GGUF is not installed; run pip install 'bridge[gguf]'"
+    )
 
 
 def test_names(folder: Path, tmp_path: Path) -> None:

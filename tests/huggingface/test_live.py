@@ -157,12 +157,12 @@ def test_weights_on_several_devices_are_refused(monkeypatch: pytest.MonkeyPatch)
 
 def test_quantized_models_are_refused() -> None:
     dynamic = torch.ao.quantization.quantize_dynamic(tiny("llama"), {nn.Linear}, dtype=torch.qint8)
-    assert refusal(dynamic) == "model 'LlamaForCausalLM' is quantized by torch; give it as it was before"
+    assert refusal(dynamic) == "model 'LlamaForCausalLM' is quantized by torch; give the model as it was before"
     for dtype in (torch.uint8, torch.int8, torch.float8_e4m3fn):
         packed = tiny("llama")
         packed.model.layers[1].mlp.up_proj.weight = nn.Parameter(torch.zeros(48, 16).to(dtype), requires_grad=False)
         name = str(dtype).removeprefix("torch.")
-        assert f"is quantized (model.layers.1.mlp.up_proj.weight is {name}); give it as it was before" in refusal(packed)
+        assert f"is quantized (model.layers.1.mlp.up_proj.weight is {name}); give the model as it was before" in refusal(packed)
     buffers = tiny("llama")
     buffers.config.quantization_config = {"quant_method": "gptq"}
     buffers.model.layers[0].mlp.register_buffer("qweight", torch.zeros(4, dtype=torch.int32))

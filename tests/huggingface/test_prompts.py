@@ -183,7 +183,7 @@ def test_part_of_a_character_has_no_text() -> None:
     ids: dict[str, int] = prompts.tokenizer.get_vocab()  # pyright: ignore[reportOptionalMemberAccess]
     cent = ids["\u00a2"]  # how the byte A2 is spelled, which is part of many characters and not the cent sign's text
     assert "\u00a2" in alphabet and prompts.text(cent) == f"#{cent}"
-    with pytest.raises(PromptError, match=rf"target '\u00a2' is 2 tokens .* it may mean #{cent}: give the #id"):
+    with pytest.raises(PromptError, match=rf"target '\u00a2' is 2 tokens .* give the #id of the token meant: #{cent}"):
         prompts.target("\u00a2", "x")
 
 
@@ -226,14 +226,17 @@ def test_an_escape_is_taken_as_the_character_that_it_is_printed_for() -> None:
 @pytest.mark.parametrize(
     ("said", "message"),
     [
-        ("", "target '' is 0 tokens (none), and only a single token can be explained; give one"),
-        ("w5 w6", "target 'w5 w6' is 2 tokens ('w5' 'w6'), and only a single token can be explained; give one, such as 'w5'"),
+        ("", "target '' is 0 tokens (none), but only a single token can be explained; give a single token"),
+        (
+            "w5 w6",
+            "target 'w5 w6' is 2 tokens ('w5' 'w6'), but only a single token can be explained; give a single token, such as 'w5'",
+        ),
         ("zebra", "target 'zebra' is not in the dense model's vocabulary; give one of its tokens"),
-        ("\ud800", r"target '\ud800' holds '\ud800', which is no character of UTF-8 text; give one token in UTF-8"),
-        ("#40", "target #40 is no token of the dense model; ids go from 0 to 39"),
-        (40, "target 40 is no token of the dense model; ids go from 0 to 39"),
-        (-1, "target -1 is no token of the dense model; ids go from 0 to 39"),
-        ("<new>", "target <new> is no token of the dense model; ids go from 0 to 39"),
+        ("\ud800", r"target '\ud800' has '\ud800', which is not a character of UTF-8 text; give one token in UTF-8"),
+        ("#40", "target #40 is not a token of the dense model; give an id from 0 to 39"),
+        (40, "target 40 is not a token of the dense model; give an id from 0 to 39"),
+        (-1, "target -1 is not a token of the dense model; give an id from 0 to 39"),
+        ("<new>", "target <new> is not a token of the dense model; give an id from 0 to 39"),
     ],
 )
 def test_what_names_no_token_is_refused_in_one_line(said: str | int, message: str) -> None:
@@ -247,7 +250,7 @@ def test_what_names_no_token_is_refused_in_one_line(said: str | int, message: st
 def test_a_refusal_names_what_may_be_meant() -> None:
     prompts = Prompts(wordpiece())
     ids: dict[str, int] = prompts.tokenizer.get_vocab()  # pyright: ignore[reportOptionalMemberAccess]
-    said = f"it may mean ' coupling' (#{ids['coupling']}): give the #id"
+    said = f"give the #id of the token meant: ' coupling' (#{ids['coupling']})"
     with pytest.raises(PromptError, match=re.escape(said)):
         prompts.target("coupling", "the cat")
 
@@ -348,7 +351,8 @@ def test_text_sampled_from_the_model_goes_on_from_the_whole_prefix() -> None:
 def test_a_context_with_no_room_behind_the_prefix(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("w5 " * 99)
     with pytest.raises(
-        ValueError, match="a context of 2 holds no text: the tokenizer puts 2 tokens before it; give a longer one"
+        ValueError,
+        match="a context of 2 has no room for text, because the tokenizer puts 2 tokens before it; give a longer context",
     ):
         load_blocks(str(tmp_path / "a.txt"), around("w2 w3 $A"), 2)
 
@@ -358,8 +362,8 @@ def test_a_context_with_no_room_behind_the_prefix(tmp_path: Path) -> None:
     [
         ("", "the prompt is empty; give the text whose next token is to be explained"),
         ("  \n", "the prompt is empty; give the text whose next token is to be explained"),
-        ("<end>", "the prompt is empty but for '<end>'; give the text whose next token is to be explained"),
-        (" ".join(["w5"] * 16), "the prompt is 17 tokens long, and the context is 16; give its last part only"),
+        ("<end>", "the prompt is empty except for '<end>'; give the text whose next token is to be explained"),
+        (" ".join(["w5"] * 16), "the prompt is 17 tokens long, but the context is 16; give only its last part"),
     ],
 )
 def test_prompts_that_are_refused(prompt: str, message: str) -> None:
@@ -377,8 +381,8 @@ def test_ids_beyond_the_models_are_refused_everywhere(tmp_path: Path) -> None:
     dense = load_dense(tiny_gpt2(), tokenizer=tokenizer)
     coupling = with_text(dense)
     message = (
-        "the text holds '<new>' (#40), and the dense model 'GPT2LMHeadModel' has the ids 0 to 39: tokens were added to the "
-        "tokenizer alone; resize the model's embeddings (resize_token_embeddings), or leave the token out"
+        "the text has '<new>' (#40), but the dense model 'GPT2LMHeadModel' has only the ids 0 to 39: tokens were added to the "
+        "tokenizer alone; resize the model's embeddings (resize_token_embeddings), or leave out the token"
     )
     example = Example("w5 <new>", "w6 <new>", (" w9",), (" w10",))
     task = Task("one", "user", "", {"test": (example,)}, {"test": 1})
@@ -403,11 +407,13 @@ def test_a_prefix_or_an_end_that_the_model_does_not_have() -> None:
     tokenizer.add_tokens(["<new>"])
     tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(single="<new> $A", special_tokens=[("<new>", 40)])
     with pytest.raises(
-        PromptError, match=r"its tokenizer puts before every text '<new>' \(#40\), and the model has the ids 0 to"
+        PromptError, match=r"the prefix of its tokenizer has '<new>' \(#40\), but the model has only the ids 0 to"
     ):
         Prompts(tokenizer, VOCABULARY).read("w5", 9)
     ends = PreTrainedTokenizerFast(tokenizer_object=tiny_tokenizer().backend_tokenizer, unk_token="<unk>", eos_token="<new>")
-    with pytest.raises(PromptError, match=r"its tokenizer ends a text with '<new>' \(#40\), and the model has the ids 0 to 39: "):
+    with pytest.raises(
+        PromptError, match=r"the end token of its tokenizer is '<new>' \(#40\), but the model has only the ids 0 to 39: "
+    ):
         _ = Prompts(ends, VOCABULARY).end
 
 
@@ -415,7 +421,7 @@ def damages() -> Iterator[tuple[str, Any, str]]:
     yield "cut short", lambda text: text[:100], "JSONDecodeError: "
     yield "a pointer", lambda _: "version https://git-lfs.github.com/spec/v1\n", "JSONDecodeError: Expecting value"
     yield "another model", lambda text: text.replace('"WordLevel"', '"Foreign"'), "Exception: data did not match any variant"
-    yield "no tokens", lambda _: Tokenizer(models.WordLevel({"a": 0}, unk_token="a")).to_str(), "no tokens but special ones"
+    yield "no tokens", lambda _: Tokenizer(models.WordLevel({"a": 0}, unk_token="a")).to_str(), "no tokens except special ones"
 
 
 @pytest.mark.parametrize(("damage", "reason"), [(each[1], each[2]) for each in damages()], ids=[each[0] for each in damages()])
@@ -437,7 +443,7 @@ def test_a_damaged_tokenizer_is_said_where_one_is_needed(damage: Any, reason: st
         lambda: load_blocks("self", dense.prompts, 8, dense=dense.model),  # what stands before a text is not known
     ]
     for way in ways:
-        with pytest.raises((PromptError, TaskError), match="mend its files, or load the model with another") as error:
+        with pytest.raises((PromptError, TaskError), match="repair its files, or load the model with another tokenizer") as error:
             way()
         assert f"the tokenizer of the dense model {str(tmp_path)!r} cannot be read (" in str(error.value)
         assert reason in str(error.value) and "\n" not in str(error.value)
@@ -453,7 +459,7 @@ def test_an_adapters_own_tokenizer_is_not_passed_over_where_it_is_damaged(dense_
     assert load_dense(dense_folder, adapter=tmp_path).prompts.missing is None
     (tmp_path / "tokenizer.json").write_text("{")
     with pytest.raises(
-        PromptError, match=r"cannot be read \(JSONDecodeError: .*\); mend its files, or load the model with another"
+        PromptError, match=r"cannot be read \(JSONDecodeError: .*\); repair its files, or load the model with another tokenizer"
     ):
         load_dense(dense_folder, adapter=tmp_path).prompts.read("w5", 9)
 
@@ -490,7 +496,7 @@ def test_a_users_text_is_put_into_the_chat_template() -> None:
     assert text == "[user] x = 1<|end|>[assistant]"
     assert prompts.decode(prompts.read(text, 64)) == text and tokenizer.eos_token_id in prompts.read(text, 64)
     tokenizer.chat_template = "{{ raise_exception('only two turns') }}"
-    with pytest.raises(PromptError, match=r"refuses it \(only two turns\); leave out chat="):
+    with pytest.raises(PromptError, match=r"rejects the text \(only two turns\); leave out chat="):
         prompts.chat("x")
     with pytest.raises(PromptError, match="has no chat template; leave out chat="):
         Prompts(byte_level()).chat("x")

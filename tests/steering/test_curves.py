@@ -158,11 +158,11 @@ def test_refusals_are_one_line(coupled: CoupledModels) -> None:
         ({"interventions": ["0.v[1]@6=1"]}, "L0.v[1]@6 is outside the prompt"),
         ({"target": "w7", "contrast": "w7"}, "target and contrast are the same token; name two different ones"),
         ({"contrast": "w7 w8"}, "contrast 'w7 w8' is 2 tokens"),
-        ({"target": 40}, "target 40 is no token of the dense model; ids go from 0 to 39"),
+        ({"target": 40}, "target 40 is not a token of the dense model; give an id from 0 to 39"),
         ({"prompt": ""}, "the prompt is empty"),
-        ({"prompt": "w5 \udcff"}, r"the prompt holds '\udcff', which is no character of UTF-8 text"),
-        ({"counterfactual": "w5 \udcff"}, r"the prompt holds '\udcff', which is no character of UTF-8 text"),
-        ({"contrast": "\udcff"}, r"contrast '\udcff' holds '\udcff', which is no character of UTF-8 text"),
+        ({"prompt": "w5 \udcff"}, r"the prompt has '\udcff', which is not a character of UTF-8 text"),
+        ({"counterfactual": "w5 \udcff"}, r"the prompt has '\udcff', which is not a character of UTF-8 text"),
+        ({"contrast": "\udcff"}, r"contrast '\udcff' has '\udcff', which is not a character of UTF-8 text"),
     ]
     for options, message in cases:
         arguments = {"prompt": PROMPT, "interventions": ["0.v[5]=1"], **options}
