@@ -147,10 +147,11 @@ class _Search:
         all_f, none_f = self.nodes_f | kept_f, torch.zeros_like(kept_f)
         if self.masked.errors is None or float(self._distances(all_f[None], level)) <= room:
             return none_f
-        alpha_r1 = (torch.arange(4, device=all_f.device)[:, None] + 0.5) / 4
-        mask_rf = torch.where(all_f, 1.0, alpha_r1.expand(-1, len(all_f)))
-        gradient_rf = self.loss.gradient(mask_rf, lambda x_rv, row_r: self.loss.relative_miss(x_rv, level, row_r).abs())
-        order_k = _most_negative(torch.where(all_f, 0, gradient_rf.sum(0)))
+
+        def gradient(mask_rf: Tensor) -> Tensor:
+            return self.loss.gradient(mask_rf, lambda x_rv, row_r: self.loss.relative_miss(x_rv, level, row_r).abs())
+
+        order_k = _most_negative(integrated_gradients(self.masked, gradient, ~all_f, kept_f=all_f))
         powers = sorted({round(2 ** (i / 2)) for i in range(2 * len(order_k).bit_length() + 1)})
         sizes = [size for size in powers if size <= len(order_k)]
         if not sizes:

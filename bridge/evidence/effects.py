@@ -76,7 +76,7 @@ def effect_profile(transporter: Transporter, circuit_f: Tensor, node_p: Tensor) 
 def profile_measure(effects: tuple[Effect, ...], criterion: Criterion, seed: int) -> Measure:
     """Return the rank correlation of the effects with its null as control and a bootstrap interval; the note has the p-value."""
     key, name = "profile", "rank correlation of effects in dense"
-    points = tuple(Point(f"{effect.node}", {"sparse": effect.sparse, "dense": effect.dense}) for effect in effects)
+    points = tuple(Point(effect.node, {"sparse": effect.sparse, "dense": effect.dense}) for effect in effects)
 
     def unknown(note: str) -> Measure:
         return Measure(key, name, None, criterion, note=note, points=points)

@@ -84,7 +84,7 @@ def measure_nested(loss: CircuitLoss, nested: NestedMasks, seed: int = 0) -> tup
         )
         superset_uf = superset_draws(loss, draws, seed + place)
         within = nested.distances[place] <= 1
-        measured.append(measure_circuit(loss, nested.kept(place), superset_uf, level.faithfulness, None, within))
+        measured.append(measure_circuit(loss, nested.kept(place), superset_uf, level.faithfulness, within))
     return tuple(measured)
 
 
@@ -94,9 +94,7 @@ def superset_draws(loss: CircuitLoss, draws: int, seed: int) -> Tensor:
     return superset_uf.to(loss.nodes_f.device) & loss.nodes_f
 
 
-def measure_circuit(
-    loss: CircuitLoss, kept_f: Tensor, superset_uf: Tensor, asked: float | None, adversary: float | None, within: bool
-) -> NestedCircuit:
+def measure_circuit(loss: CircuitLoss, kept_f: Tensor, superset_uf: Tensor, asked: float | None, within: bool) -> NestedCircuit:
     """Measure one circuit in one batch. With several prompts d is the mean, and the rms runs over prompts and supersets."""
     count, error_f = len(loss.model_b), kept_f & loss.masked.is_error_f
     rows_cf = torch.stack([kept_f, loss.complement(kept_f), kept_f & ~error_f, error_f])
@@ -115,7 +113,7 @@ def measure_circuit(
         supersets_mean=float(supersets_u.mean()),
         supersets_rms=float(miss_cb[4:].square().mean().sqrt()),
         supersets_worst=float(supersets_u.min()),
-        adversary=adversary,
+        adversary=None,
         left=float(left_c[1]),
         error_share=float(share),
         within=within,

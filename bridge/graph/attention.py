@@ -194,9 +194,7 @@ def _effects(flow: Flow, layers: dict[int, _Layer], pairs: list[list[int]]) -> l
     for some_r in order_r.split(masked.rows_per_batch):
         enter = Enter(torch.tensor(site_r)[some_r], torch.cat(x_rts)[some_r])
         logits_rv = _run(flow, len(some_r), enter).logits_btv[:, -1]
-        lost_r[some_r] = (
-            flow.difference - masked.question.difference(logits_rv, torch.zeros(len(some_r), dtype=torch.long)).cpu().double()
-        )
+        lost_r[some_r] = (flow.difference - masked.question.difference(logits_rv)).cpu().double()
     return lost_r.unflatten(0, (-1, _N_ABLATIONS)).tolist()
 
 

@@ -128,8 +128,7 @@ class EdgeMaskedModel:
                 hooks.enter_context(module.register_forward_hook(partial(self._without, layer, name, value, ~kept_re)))
             recording = recording_gate(value, gate)
             trace = flow.sparse.run(flow.tokens_t.expand(len(kept_re), -1), gate=recording, correct=correct, last_only=True)
-        first_r = torch.zeros(len(kept_re), dtype=torch.long, device=kept_re.device)
-        return self.loss.miss(trace.logits_btv[:, -1], first_r)
+        return self.loss.miss(trace.logits_btv[:, -1])
 
     def _without(
         self, layer: int, name: str, value: dict[Location, Tensor], removed_re: Tensor, _module: Any, _given: Any, y_rtm: Tensor

@@ -142,7 +142,7 @@ def ablate_groups(flow: Flow, groups: Sequence[Group]) -> Ablated:
     """Ablate all of each group from the circuit, by intervention, and return the answers."""
     sets = [group.places(flow.masked.space, flow.kept_f.device) for group in groups]
     logits_gv = flow.masked.logits_without(flow.kept_f, sets)
-    d_g = flow.masked.question.difference(logits_gv, torch.zeros(len(groups), dtype=torch.long, device=logits_gv.device))
+    d_g = flow.masked.question.difference(logits_gv)
     return Ablated(tuple((flow.difference - d_g).tolist()), logits_gv)
 
 

@@ -35,7 +35,6 @@ EdgeKind = Literal["weight", "value", "score", "gate", "residual", "embedding", 
 KINDS: tuple[EdgeKind, ...] = get_args(EdgeKind)
 COUNTED: tuple[EdgeKind, ...] = ("weight", "value")
 _ROW_TOKENS = 4096  # tokens of the corpus in a batch: large enough for the products, small enough for the caches
-_ROW_NODES = 1 << 26  # mask entries in a batch: one per token and node
 
 
 @dataclass(frozen=True, order=True)

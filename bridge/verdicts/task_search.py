@@ -98,7 +98,7 @@ def gather_task(
         progress(Phase(f"evidence: {level}, alone, in supersets, deleted, and matched nodes"))
         kept_f = nested.kept(place)
         superset_uf = superset_draws(test, config.supersets, seed + place)
-        found = measure_circuit(test, kept_f, superset_uf, level.faithfulness, None, test.meets_bounds(kept_f, level))
+        found = measure_circuit(test, kept_f, superset_uf, level.faithfulness, test.meets_bounds(kept_f, level))
         alone, lost_here = _measure_matched(test, kept_f, on_f, config.draws, generator)
         lost = lost_here if place == opening else lost
         levels.append(TaskLevel(found, edges[place], median(alone) if alone else None))

@@ -175,7 +175,7 @@ def searched(
         return Line(loss.span)
     nested = find_nested(loss, levels=(LEVEL,))
     seconds, kept_f, within = time.process_time() - began, nested.kept(0), nested.distances[0] <= 1
-    found = measure_circuit(loss, kept_f, superset_draws(loss, DRAWS, 0), LEVEL.faithfulness, None, within)
+    found = measure_circuit(loss, kept_f, superset_draws(loss, DRAWS, 0), LEVEL.faithfulness, within)
     needed, between = edges(loss, kept_f)
     kept = masked.space.split(kept_f)
     neurons = sum(int(kept_tn.sum()) for at, kept_tn in kept.items() if at.kind in NEURONS)

@@ -52,7 +52,7 @@ def found(coupling: CoupledModels, resolved: Resolved) -> TaskLosses:
 
 def measured(test: CircuitLoss, nested: NestedMasks, place: int = 0) -> NestedCircuit:
     level, kept_f = nested.levels[place], nested.kept(place)
-    return measure_circuit(test, kept_f, superset_draws(test, 6, 0), level.faithfulness, None, test.meets_bounds(kept_f, level))
+    return measure_circuit(test, kept_f, superset_draws(test, 6, 0), level.faithfulness, test.meets_bounds(kept_f, level))
 
 
 def test_a_tasks_circuit_is_measured_where_it_was_not_searched(coupling: CoupledModels, dense: DenseModel) -> None:
