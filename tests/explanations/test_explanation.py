@@ -340,7 +340,7 @@ def test_what_cannot_be_explained_is_one_line(coupled: CoupledModels, explanatio
         ({"target": "w7", "contrast": "#7"}, "target and contrast are both 'w7' (#7); name two different tokens"),
         ({"prompt": "w5 \udcff"}, r"the prompt has '\udcff', which is not a character of UTF-8 text; give it in UTF-8"),
         ({"target": "\ud800"}, r"target '\ud800' has '\ud800', which is not a character of UTF-8 text; give one token in UTF-8"),
-        ({"counterfactual": "w5 \ud800"}, r"the prompt holds '\ud800'"),
+        ({"counterfactual": "w5 \ud800"}, r"the prompt has '\ud800'"),
         ({"counterfactual": "w5"}, "the counterfactual has 1 tokens and the prompt 4; give one of equal length"),
         ({"counterfactual": PROMPT}, "the counterfactual is the prompt itself; change what decides the answer"),
         ({"contrast": first}, "target and contrast are the dense model's own answer; name two different tokens"),
