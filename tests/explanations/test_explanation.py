@@ -334,7 +334,7 @@ def test_what_cannot_be_explained_is_one_line(coupled: CoupledModels, explanatio
         ({"prompt": "<end>"}, "the prompt is empty"),
         ({"prompt": " ".join(["w5"] * 17)}, "the prompt is 17 tokens long, but the context is 16; give only its last part"),
         ({"target": "w5 w6"}, "target 'w5 w6' is 2 tokens ('w5' 'w6'), but only a single token can be explained"),
-        ({"target": "w5 w6"}, "; give one, such as 'w5'"),
+        ({"target": "w5 w6"}, "; give a single token, such as 'w5'"),
         ({"contrast": ""}, "contrast '' is 0 tokens (none), but only a single token can be explained; give a single token"),
         ({"target": "zebra"}, "target 'zebra' is not in the dense model's vocabulary; give one of its tokens"),
         ({"target": "w7", "contrast": "#7"}, "target and contrast are both 'w7' (#7); name two different tokens"),
