@@ -281,7 +281,7 @@ def test_pairs_pooled_with_padding_have_finite_gradients(shipped: PreTrainedToke
 
 def test_no_pairs_have_no_score(model: DenseModel, shipped: PreTrainedTokenizerFast) -> None:
     pairs = resolve(one(Example("a", "a b", ("c",), ("d",))), shipped).splits["test"]
-    with pytest.raises(TaskError, match="no pairs to score; take another split"):
+    with pytest.raises(TaskError, match="no pairs to score; use another split"):
         score(model, pairs)
 
 
