@@ -78,7 +78,7 @@ def test_names_and_texts_are_the_fields_terms(file: str) -> None:
 def test_no_docstring_begins_with_what(file: str) -> None:
     tree = ast.parse((PACKAGE / file).read_text(encoding="utf-8"))
     kinds = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
-    riddle = re.compile(r"(What|That|The same)\b")
+    riddle = re.compile(r"(What|That|Those|Such|Of|Where|The same)\b")
     found = [node for node in ast.walk(tree) if isinstance(node, kinds) and riddle.match(ast.get_docstring(node) or "")]
     assert not found, [f"{file}:{getattr(node, 'lineno', 1)}: {ast.get_docstring(node)!r:.60}" for node in found]
 

@@ -94,7 +94,7 @@ def task_losses(task: Resolved, loss_on: Callable[[TokenPairs], CircuitLoss]) ->
     Raises NoCircuitError if the answers differ too little from those with every node at its mean.
     """
     shares = split_prompts(task.splits["train"], task.splits["validation"])
-    losses = TaskLosses(*map(loss_on, (*shares, test_prompts(task))))
+    losses = TaskLosses(*map(loss_on, (*shares, held_out_prompts(task))))
     if (span := losses.validation.span) < (least := losses.validation.config.least_span):
         raise NoCircuitError(
             f"on {task.task} right and wrong answers",
@@ -122,7 +122,7 @@ def with_all_splits(task: Resolved) -> Resolved:
     return replace(task, splits=splits)
 
 
-def test_prompts(task: Resolved) -> TokenPairs:
+def held_out_prompts(task: Resolved) -> TokenPairs:
     """Return the prompts of the test split on which a circuit is measured."""
     return select_prompts(task.splits["test"], TEST)
 

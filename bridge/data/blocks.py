@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from bridge.data.corpora import Corpus, open_corpus
-from bridge.data.packing import Packing, Part, tokenized
+from bridge.data.packing import Packing, RowBuffer, tokenize_pieces
 from bridge.data.records import DataError, Piece
 from bridge.display.progress import OnProgress, Phase
 from bridge.huggingface.prompts import Prompts
@@ -97,10 +97,10 @@ def load_blocks(
     else:
         corpus = open_corpus(source, seed)
     packing, pieces = packing.detect_packed(corpus.pieces)
-    parts = (Part(), Part())
+    parts = (RowBuffer(), RowBuffer())
     count = index = reported = 0
-    for run in tokenized(pieces, prompts):
-        put = packing.put(run, parts[index % HELD_OUT_EVERY == HELD_OUT_EVERY - 1])
+    for run in tokenize_pieces(pieces, prompts):
+        put = packing.add_run(run, parts[index % HELD_OUT_EVERY == HELD_OUT_EVERY - 1])
         if not put:
             continue
         index += run.ends
@@ -110,7 +110,7 @@ def load_blocks(
             progress(Phase(f"data: {source}, {count:,} tokens {'sampled' if source == 'self' else 'read'}, {limit:,} at most"))
         if count >= limit:
             break
-    blocks = [packing.cut(part) for part in _ensure_held_out(*parts, packing)]
+    blocks = [packing.take_blocks(part) for part in _ensure_held_out(*parts, packing)]
     if not all(map(len, blocks)):
         rule = f"at least {2 * context} are needed (one block of {context} to train on, one held out)"
         raise DataError(f"data {source!r} holds {count} tokens;", rule, "give more text or a shorter context (data.context)")
@@ -121,18 +121,18 @@ def load_blocks(
     return Blocks(train_nt, heldout_nt, f"{description}; left out: {corpus.left_out}" if corpus.left_out else description)
 
 
-def _ensure_held_out(train: Part, heldout: Part, packing: Packing) -> tuple[Part, Part]:
+def _ensure_held_out(train: RowBuffer, heldout: RowBuffer, packing: Packing) -> tuple[RowBuffer, RowBuffer]:
     """Return (train, heldout); if one of them has no full block (few documents), hold out the tail of all tokens instead."""
-    context, body = packing.context, packing.body
+    context, body = packing.context, packing.body_length
     if all(len(part.rows) >= context or len(part.stream) >= body for part in (train, heldout)):
         return train, heldout
     rows, stream = train.rows + heldout.rows, train.stream + heldout.stream
     n_rows = len(rows) // context
     if n_rows > 1 or (n_rows and len(stream) >= body):
         cut = (n_rows - max(1, n_rows // HELD_OUT_EVERY)) * context
-        return Part(rows[:cut], stream), Part(rows[cut:])
+        return RowBuffer(rows[:cut], stream), RowBuffer(rows[cut:])
     cut = max(0, len(stream) - max(body, len(stream) // HELD_OUT_EVERY))
-    return Part(rows, stream[:cut]), Part(stream=stream[cut:])
+    return RowBuffer(rows, stream[:cut]), RowBuffer(stream=stream[cut:])
 
 
 @torch.no_grad()

@@ -29,7 +29,7 @@ import yaml
 
 from bridge.data.records import (
     COLUMNS,
-    PACKED_SUFFIXES,
+    COMPRESSED_SUFFIXES,
     RECORD_SUFFIXES,
     TEXT_SUFFIXES,
     DataError,
@@ -47,10 +47,20 @@ SPLITS = {
     "validation": ("validation", "valid", "dev", "val"),
     "test": ("test", "testing", "eval", "evaluation"),
 }
-ABOUT = ("readme", "license", "licence", "copying", "notice", "citation", "changelog", "contributing", "code_of_conduct")
-FACTS = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json", "config.json", "croissant.json")
+DOCUMENTATION_NAMES = (
+    "readme",
+    "license",
+    "licence",
+    "copying",
+    "notice",
+    "citation",
+    "changelog",
+    "contributing",
+    "code_of_conduct",
+)
+METADATA_FILES = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json", "config.json", "croissant.json")
 SAVED_ROWS = 10_000  # rows per part of a data set written by `save_to_disk`
-SAVED = (("dataset_dict.json",), ("dataset_info.json", "state.json"))  # files that save_to_disk writes
+SAVED_DATASET_FILES = (("dataset_dict.json",), ("dataset_info.json", "state.json"))  # files that save_to_disk writes
 CARD_KEYS = {"configs", "dataset_info", "task_categories", "task_ids", "size_categories", "source_datasets"}
 
 
@@ -127,7 +137,7 @@ def _python_source(*, packages: bool, seed: int) -> Iterator[Piece]:
 
 def _folder(path: Path, configuration: str | None, seed: int) -> Corpus:
     where = str(path) if configuration is None else f"{path}:{configuration}"
-    if any(all((path / name).is_file() for name in names) for names in SAVED):
+    if any(all((path / name).is_file() for name in names) for names in SAVED_DATASET_FILES):
         return _saved_data_set(path)
     inside = (p for p in path.rglob("*") if not any(part.startswith(".") for part in p.relative_to(path).parts))
     files = sorted(p for p in inside if p.is_file() and suffix_of(p) in SUFFIXES)
@@ -142,7 +152,7 @@ def _folder(path: Path, configuration: str | None, seed: int) -> Corpus:
         rule = f"has only its {_splits(left)}, and nothing to train on"
         raise DataError(f"data {where!r}", rule, "name one of its files to use it")
     if not files:
-        packed = ", ".join(PACKED_SUFFIXES)
+        packed = ", ".join(COMPRESSED_SUFFIXES)
         raise DataError(f"data {where!r}", f"contains no file ending in {', '.join(SUFFIXES)} (each may be followed by {packed})")
     return Corpus(_shuffle_files(files, seed), _splits(left))
 
@@ -164,11 +174,11 @@ def _training_files(path: Path, files: list[Path]) -> tuple[list[Path], list[str
     if "train" in split.values():
         kept = [file for file in data if split[file] == "train"]
     elif records:
-        about = re.compile(rf"({'|'.join(ABOUT)})\b", re.IGNORECASE)
+        about = re.compile(rf"({'|'.join(DOCUMENTATION_NAMES)})\b", re.IGNORECASE)
         texts = [file for file in files if suffix_of(file) in TEXT_SUFFIXES and not about.match(file.name)]
         kept = [*(file for file in records if split[file] is None), *texts]
     else:
-        return [file for file in files if file.name not in FACTS], []
+        return [file for file in files if file.name not in METADATA_FILES], []
     left = {name for file in data if (name := split[file]) not in (None, "train") and file not in kept}
     return sorted(kept), sorted(left)
 
@@ -211,7 +221,7 @@ def _row_pieces(rows: Iterable[Any], where: str, problem: str, remedy: str) -> I
 
 
 def _records(files: Iterable[Path]) -> list[Path]:
-    return [file for file in files if suffix_of(file) in RECORD_SUFFIXES and file.name not in FACTS]
+    return [file for file in files if suffix_of(file) in RECORD_SUFFIXES and file.name not in METADATA_FILES]
 
 
 def _card(path: Path) -> dict[str, Any] | None:

@@ -1,7 +1,7 @@
 """Pieces of a corpus -> tokens -> rows of one context each.
 
-Chats are written out by the tokenizer's template. A prefix that a document begins with is removed, because `cut` adds one to each
-row, and an end-of-text token at its end is not doubled. Padding is removed from given token ids: the ids that the attention mask
+Chats are written out by the tokenizer's template. A prefix that a document begins with is removed, because `take_blocks` adds
+one to each row, and an end-of-text token at its end is not doubled. Padding is removed from given token ids: the ids that the mask
 excludes (in `records`), and the padding token at both ends. If the end-of-text token serves as padding (also if the tokenizer
 has no padding token), a single one before the text is kept, several are removed, and one after the text is kept. Token ids are
 
@@ -33,11 +33,11 @@ if TYPE_CHECKING:
 
 PART_CHARACTERS = 1 << 20  # tokenized at a time, so that reading can stop early and a huge file needs little memory
 TEXTS = 256  # tokenized at a time, because the fast tokenizers use every core on a batch
-LOOKED_AT = 16  # rows read to see whether all have the same length
+PIECES_TO_INSPECT = 16  # rows read to see whether all have the same length
 
 
 @dataclass
-class Part:
+class RowBuffer:
     """The finished rows of one split, and a stream still to be cut into rows; 4 bytes per token, while a list takes 36."""
 
     rows: array[int] = field(default_factory=lambda: array("i"))
@@ -76,17 +76,17 @@ class Packing:
 
     def detect_packed(self, pieces: Iterator[Piece]) -> tuple[Packing, Iterator[Piece]]:
         """Return the packing with `packed` set by the lengths of the first pieces, and an iterator over all pieces."""
-        first = list(islice(pieces, LOOKED_AT))
+        first = list(islice(pieces, PIECES_TO_INSPECT))
         lengths = {len(value) if kind == "tokens" else 0 for kind, value in first}
         one = lengths.pop() if len(lengths) == 1 and len(first) > 1 else 0
         return replace(self, packed=one if one > self.context else None), chain(first, pieces)
 
     @property
-    def body(self) -> int:
+    def body_length(self) -> int:
         """Number of text tokens in a row."""
         return self.context - len(self.prefix)
 
-    def put(self, run: TokenRun, part: Part) -> int:
+    def add_run(self, run: TokenRun, part: RowBuffer) -> int:
         """Add a run to a part, and return its number of tokens. Raises DataError if its ids are not whole numbers."""
         ids = _strip_padding(run.ids, self.pad, self.end, self.prefix) if run.given else run.ids
         if not ids:
@@ -107,9 +107,9 @@ class Packing:
             part.stream.append(self.end)
         return len(tokens)
 
-    def cut(self, part: Part) -> Tensor:
+    def take_blocks(self, part: RowBuffer) -> Tensor:
         """Take block_nt, int32, out of a part: its rows, then its stream cut up, each after the prefix; a remainder stays."""
-        row_nt, body_nt = _matrix(part.rows, self.context), _matrix(part.stream, self.body)
+        row_nt, body_nt = _matrix(part.rows, self.context), _matrix(part.stream, self.body_length)
         del part.rows[:], part.stream[: body_nt.numel()]
         prefix_nt = torch.tensor(self.prefix, dtype=torch.int32).expand(len(body_nt), -1)
         return torch.cat([row_nt, torch.cat([prefix_nt, body_nt], 1)])
@@ -129,7 +129,7 @@ def _matrix(tokens: array[int], width: int) -> Tensor:
     return torch.frombuffer(tokens, dtype=torch.int32)[: n * width].clone().view(n, width)
 
 
-def tokenized(pieces: Iterable[Piece], prompts: Prompts) -> Iterator[TokenRun]:
+def tokenize_pieces(pieces: Iterable[Piece], prompts: Prompts) -> Iterator[TokenRun]:
     """Yield runs of token ids; texts are tokenized TEXTS at a time, long ones in parts, and empty documents are skipped."""
     waiting: list[tuple[str, bool, bool]] = []
     characters = 0

@@ -28,8 +28,8 @@ from bridge.recipe import unencodable_character
 TEXT_SUFFIXES = (".txt", ".md", ".rst", ".py")
 COLUMN_SUFFIXES = (".parquet", ".arrow")
 RECORD_SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", *COLUMN_SUFFIXES)
-PACKED = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
-PACKED_SUFFIXES = (*PACKED, ".zst")
+DECOMPRESSORS = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
+COMPRESSED_SUFFIXES = (*DECOMPRESSORS, ".zst")
 ARCHIVES = (".zip", ".tar", ".tgz", ".7z", ".rar")
 TEXT_COLUMNS = ("text", "content", "code", "document")
 CHAT_COLUMNS = ("messages", "conversations")
@@ -48,14 +48,14 @@ class DataError(UserError):
 
 def suffix_of(file: Path) -> str:
     """Return the suffix of a file's name in lower case, ignoring the suffix of its compression."""
-    name = file.with_suffix("") if file.suffix.lower() in PACKED_SUFFIXES else file
+    name = file.with_suffix("") if file.suffix.lower() in COMPRESSED_SUFFIXES else file
     return name.suffix.lower()
 
 
 def file_pieces(file: Path) -> Iterator[Piece]:
     """Yield the pieces in a file. Raises DataError if the file cannot be read, or if one of its rows is not usable."""
     where, kind = str(file), suffix_of(file)
-    packed = file.suffix.lower() in PACKED_SUFFIXES
+    packed = file.suffix.lower() in COMPRESSED_SUFFIXES
     if kind in ARCHIVES or (packed and kind in COLUMN_SUFFIXES):
         raise DataError(f"data {where!r}", "is an archive", "unpack it, and name the unpacked file")
     try:
@@ -106,7 +106,7 @@ def _open_text(file: Path, newline: str | None = None) -> TextIO:
         import pyarrow
 
         return io.TextIOWrapper(pyarrow.input_stream(str(file), compression="zstd"), encoding="utf-8-sig", newline=newline)
-    stream: Any = PACKED.get(file.suffix.lower(), open)(file, "rt", encoding="utf-8-sig", newline=newline)
+    stream: Any = DECOMPRESSORS.get(file.suffix.lower(), open)(file, "rt", encoding="utf-8-sig", newline=newline)
     return stream
 
 

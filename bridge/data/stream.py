@@ -29,7 +29,7 @@ from torch import Tensor
 
 from bridge.data.blocks import HELD_OUT_EVERY, permutation
 from bridge.data.corpora import Corpus, open_corpus
-from bridge.data.packing import PART_CHARACTERS, TEXTS, Packing, Part, tokenized
+from bridge.data.packing import PART_CHARACTERS, TEXTS, Packing, RowBuffer, tokenize_pieces
 from bridge.data.records import DataError, Piece
 from bridge.display.progress import OnProgress, Phase
 from bridge.huggingface.prompts import Prompts
@@ -63,12 +63,12 @@ def open_stream(
     packing, _ = Packing.of(source, prompts, context, vocabulary).detect_packed(corpus.pieces)
     if progress is not None:
         progress(Phase(f"data: {source}, looking for documents to hold out"))
-    part, pieces, looked_at = Part(), corpus.pieces, 0
+    part, pieces, looked_at = RowBuffer(), corpus.pieces, 0
     while len(part.rows) + len(part.stream) < HELD_OUT_TOKENS and (some := list(islice(pieces, TEXTS))):
         looked_at += len(some)
-        for run in tokenized([piece for piece in some if is_held_out(piece)], prompts):
-            packing.put(run, part)
-    heldout_nt = packing.cut(part)
+        for run in tokenize_pieces([piece for piece in some if is_held_out(piece)], prompts):
+            packing.add_run(run, part)
+    heldout_nt = packing.take_blocks(part)
     if not len(heldout_nt):
         rule = f"has no block of {context} tokens in its held-out documents (one in {HELD_OUT_EVERY} is held out)"
         raise DataError(f"data {source!r} of {looked_at} documents", rule, "give more documents, or leave data.stream off")
@@ -94,7 +94,7 @@ class _ReadPosition:
     epoch: int = 0
     part: int = 0  # index into the order of parts in this epoch
     piece: int = 0
-    uncut: Part = field(default_factory=Part)
+    uncut: RowBuffer = field(default_factory=RowBuffer)
     reading: Iterator[Piece] | None = None
     last_bt: Tensor | None = None  # of step - 1: initialisation asks for the first batch repeatedly
 
@@ -124,8 +124,8 @@ class Stream:
         if at is None or (at.rows, at.seed) != (rows, seed) or at.step > step:
             self._place = at = _ReadPosition(rows, seed, 0, self.heldout_nt[:0])
         while at.step < step:
-            self._draw(at)
-        return self._draw(at)
+            self._draw_batch(at)
+        return self._draw_batch(at)
 
     def tensors(self) -> dict[str, Tensor]:
         """Return the place after the last batch, as named tensors; {} if no batch was taken."""
@@ -143,26 +143,26 @@ class Stream:
         if count != len(self.corpus.parts):
             rule = f"has {len(self.corpus.parts)} parts, but had {count} when the run was saved"
             raise DataError(f"data {self.packing.source!r}", rule, "restore the data, or fit again")
-        uncut = Part(stream=array("i", tensors["data.uncut"].tolist()))
+        uncut = RowBuffer(stream=array("i", tensors["data.uncut"].tolist()))
         self._place = _ReadPosition(rows, seed, step, tensors["data.pool"], epoch, part, piece, uncut)
 
-    def _draw(self, at: _ReadPosition) -> Tensor:
+    def _draw_batch(self, at: _ReadPosition) -> Tensor:
         """Take the next batch out of the pool, and return it."""
-        self._fill(at)
+        self._fill_pool(at)
         order_n = permutation(len(at.pool_nt), at.seed, at.step)
         at.last_bt, at.pool_nt = at.pool_nt[order_n[: at.rows]], at.pool_nt[order_n[at.rows :].sort().values]
         at.step += 1
         return at.last_bt.long()
 
-    def _fill(self, at: _ReadPosition) -> None:
+    def _fill_pool(self, at: _ReadPosition) -> None:
         """Read on until the pool is full; a new epoch begins only when less than one batch is left in the pool."""
         blocks, barren = [at.pool_nt], False
         n_blocks, enough = len(at.pool_nt), max(at.rows, POOL_TOKENS // self.packing.context)
         while n_blocks < enough:
             if pieces := self._read(at):
-                for run in tokenized([piece for piece in pieces if not is_held_out(piece)], self.prompts):
-                    self.packing.put(run, at.uncut)
-                if len(block_nt := self.packing.cut(at.uncut)):
+                for run in tokenize_pieces([piece for piece in pieces if not is_held_out(piece)], self.prompts):
+                    self.packing.add_run(run, at.uncut)
+                if len(block_nt := self.packing.take_blocks(at.uncut)):
                     self.packing.check(block_nt)
                     blocks.append(block_nt)
                     n_blocks, barren = n_blocks + len(block_nt), False

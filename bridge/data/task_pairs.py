@@ -20,7 +20,7 @@ from typing import Any, Literal
 
 import yaml
 
-from bridge.data.task_templates import EARLIER, LATER, NAMES, POOLS, Templates
+from bridge.data.task_templates import EARLIER, LATER, POOLS, POOLS_BY_LETTER, Templates
 from bridge.data.tasks_english import ENGLISH
 from bridge.data.tasks_python import PYTHON
 from bridge.errors import UserError
@@ -29,9 +29,9 @@ from bridge.recipe import unencodable_character
 Split = Literal["train", "validation", "test"]
 SPLITS: tuple[Split, ...] = ("train", "validation", "test")
 TASKS: tuple[Templates, ...] = (*PYTHON, *ENGLISH)
-PAIRS: Mapping[Split, int] = {"train": 256, "validation": 64, "test": 128}
-SPARE = 4  # number of generated pairs per wanted pair, because a tokenizer does not suit all of them
-HELD_OUT = 0.25  # fraction of the names, and roughly of the templates, that only validation has, and the same for test
+PAIRS_PER_SPLIT: Mapping[Split, int] = {"train": 256, "validation": 64, "test": 128}
+GENERATED_PER_WANTED = 4  # number of generated pairs per wanted pair, because a tokenizer does not suit all of them
+HELD_OUT_FRACTION = 0.25  # fraction of the names, and roughly of the templates, that only validation has, and the same for test
 _PIECE = re.compile(r"«([^|»]*)\|([^»]*)»|\$([A-Za-z])|([^«$]+)")
 _FILLER = re.compile(r"⟦([^⟧]*)⟧")
 
@@ -123,12 +123,12 @@ def _split_at(place: int, n_held_out: int) -> Split:
 
 def _generate_task(templates: Templates, seed: int) -> Task:
     texts = random.Random(f"{seed} {templates.name}").sample(templates.texts, len(templates.texts))
-    n_held_out = max(1, round(HELD_OUT * len(texts)))
+    n_held_out = max(1, round(HELD_OUT_FRACTION * len(texts)))
     pairs: dict[Split, tuple[Example, ...]] = {}
     for split, words in _words(seed).items():
         its = [text for place, text in enumerate(texts) if _split_at(place, n_held_out) == split]
-        pairs[split] = tuple(_draw_pairs(templates, its, words, SPARE * PAIRS[split], seed))
-    return Task(templates.name, templates.language, templates.about, pairs, PAIRS)
+        pairs[split] = tuple(_draw_pairs(templates, its, words, GENERATED_PER_WANTED * PAIRS_PER_SPLIT[split], seed))
+    return Task(templates.name, templates.language, templates.about, pairs, PAIRS_PER_SPLIT)
 
 
 @lru_cache(maxsize=4)
@@ -137,7 +137,7 @@ def _words(seed: int) -> Mapping[Split, Mapping[str, tuple[str, ...]]]:
     split_of: dict[str, Split] = {}
     for pool, words in POOLS.items():
         for place, word in enumerate(random.Random(f"{seed} {pool}").sample(words, len(words))):
-            split_of.setdefault(word, _split_at(place, round(HELD_OUT * len(words))))
+            split_of.setdefault(word, _split_at(place, round(HELD_OUT_FRACTION * len(words))))
     return {split: {pool: tuple(w for w in ws if split_of[w] == split) for pool, ws in POOLS.items()} for split in SPLITS}
 
 
@@ -151,7 +151,7 @@ def _draw_pairs(
         if len(seen) == 2 * wanted:
             return
         text = texts[attempt % len(texts)]
-        names = _names(text, templates, words, generator)
+        names = _draw_names(text, templates, words, generator)
         # one variant has the filler in neither prompt, the others in one of the two
         fillers = ("", r"«\1|»", r"«|\1»") if _FILLER.search(text) else ("",)
         pair, *variants = [_fill_template(templates, text, re.sub(_FILLER, filler, text), names) for filler in fillers]
@@ -161,10 +161,12 @@ def _draw_pairs(
             yield reverse_pair(pair) if generator.random() < 0.5 else pair
 
 
-def _names(text: str, templates: Templates, words: Mapping[str, tuple[str, ...]], generator: random.Random) -> dict[str, str]:
+def _draw_names(
+    text: str, templates: Templates, words: Mapping[str, tuple[str, ...]], generator: random.Random
+) -> dict[str, str]:
     names: dict[str, str] = {}
     for letter in dict.fromkeys(re.findall(r"\$([A-Za-z])", " ".join((text, *templates.first, *templates.second)))):
-        choices = [word for pool in NAMES[letter] for word in words[pool] if word not in names.values()]
+        choices = [word for pool in POOLS_BY_LETTER[letter] for word in words[pool] if word not in names.values()]
         names[letter] = generator.choice(choices)
     return names
 
@@ -249,7 +251,7 @@ def _assign_splits(path: Path, count: int, seed: int) -> list[Split | None]:
         rule = f"has {count} example{'' if count == 1 else 's'}, too few for three splits"
         raise TaskError(path, rule, "add examples, or give each one a split")
     order = random.Random(f"{seed} split").sample(range(count), count)
-    return [_split_at(place, max(1, round(HELD_OUT * count))) for place in order]
+    return [_split_at(place, max(1, round(HELD_OUT_FRACTION * count))) for place in order]
 
 
 def _read_entries(path: Path) -> Iterator[tuple[int, Any]]:

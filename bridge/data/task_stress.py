@@ -28,8 +28,8 @@ from bridge.data.task_pairs import Example, Task
 from bridge.data.task_tokens import TokenPairs, resolve
 from bridge.huggingface.prompts import Prompts
 
-PROMPTS = 240  # maximum over all kinds; both members of a pair count
-STRETCH = (16, 48)  # tokens of held-out text
+MAX_PROMPTS = 240  # maximum over all kinds; both members of a pair count
+STRETCH_TOKENS = (16, 48)  # tokens of held-out text
 LEAD_INS = ("As was said before: ", "It is known, and often told: ", "Note the following. ", "Here is what happened. ")
 COMMENTS = ("# as before", "# see below", "# not used elsewhere", "# TODO: tidy")
 _WORD = re.compile(r"[A-Za-z_][A-Za-z0-9_]+")
@@ -54,7 +54,7 @@ def stress_pairs(
     """Return stress pairs by kind, in numbers as equal as possible; a kind that fits no pair is left out."""
     examples = pairs.examples
     rules = _rules(examples, _is_code(examples, language), _held_out_stretches(prompts, reference_bt, seed))
-    wanted = PROMPTS // 2
+    wanted = MAX_PROMPTS // 2
     found: dict[str, Stress] = {}
     for kind, rule in rules.items():
         generator = random.Random(f"{seed} {kind}")
@@ -159,7 +159,7 @@ def _held_out_stretches(prompts: Prompts, reference_bt: Tensor, seed: int) -> li
     special, found = prompts.special, []
     for row_t in reference_bt[:64].tolist():
         ids = [token for token in row_t if token not in special]
-        length = generator.randint(*STRETCH)
+        length = generator.randint(*STRETCH_TOKENS)
         start = generator.randrange(max(1, len(ids) - length))
         text = prompts.decode(ids[start : start + length])
         lines = text.split("\n")

@@ -2,7 +2,7 @@
 
 In a template
 
-    $a         is a name, the same in both prompts of a pair, drawn from the pools that NAMES has for its letter
+    $a         is a name, the same in both prompts of a pair, drawn from the pools that POOLS_BY_LETTER has for its letter
     «x|y»      is x in the first prompt of a pair and y in the second, with as many tokens, so that only their content differs
     ⟦x⟧        is x in one prompt of a pair or in neither, whichever makes the two equally long under a tokenizer
 
@@ -78,7 +78,7 @@ POOLS: Mapping[str, Sequence[str]] = {
 }
 """Names by kind; only "key" is in two pools (variable and thing)."""
 
-NAMES: Mapping[str, tuple[str, ...]] = {
+POOLS_BY_LETTER: Mapping[str, tuple[str, ...]] = {
     **dict.fromkeys("abcd", ("variable",)), **dict.fromkeys("fg", ("function",)), "C": ("class",),
     **dict.fromkeys("mn", ("woman", "man")), "w": ("woman",), "h": ("man",), "p": ("place",), "o": ("thing",), "s": ("noun",),
     "t": ("noun",), "E": ("event",), "y": ("year",), "e": ("century",), "r": ("role",), **dict.fromkeys("ijklqx", ("word",)),

@@ -37,7 +37,7 @@ from bridge.data.task_pairs import SPLITS, Example, Split, Task, TaskError, reve
 from bridge.huggingface.prompts import PromptError, Prompts
 from bridge.models.residual import ResidualModel
 
-_MOVABLE = 8  # maximum number of marks, quotes and spaces at the end of a prompt that may be moved to the answer
+_MAX_TRAILING_MARKS = 8  # maximum number of marks, quotes and spaces at the end of a prompt that may be moved to the answer
 _LOGITS = 2**26  # maximum number in a batch that is scored
 
 
@@ -244,7 +244,7 @@ def _resolve_pair(example: Example, prompts: Prompts, context: int | None) -> tu
 def _read(prompt: str, answer: tuple[str, ...], wrong: tuple[str, ...], prompts: Prompts) -> _TokenizedPrompt | str:
     # if one answer is any other token, no mark may be moved: both answers would begin with the mark
     marks = len(prompt) - len(re.sub(r"\W+\Z", "", prompt)) if answer and wrong else 0
-    heads = [prompt[: len(prompt) - n] for n in range(min(marks, _MOVABLE) + 1)]
+    heads = [prompt[: len(prompt) - n] for n in range(min(marks, _MAX_TRAILING_MARKS) + 1)]
     encoded = prompts.encode([*(prompt + spelling for spelling in (*answer, *wrong)), *heads])
     sides = encoded[: len(answer)], encoded[len(answer) : len(answer) + len(wrong)]
     for head in encoded[len(answer) + len(wrong) :]:

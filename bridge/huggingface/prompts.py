@@ -74,7 +74,7 @@ class Prompts:
 
     def check(self) -> None:
         """Raise PromptError if no text can be read."""
-        self._there()
+        self._require_tokenizer()
 
     # -- text to tokens -------------------------------------------------------------------------------------------------
 
@@ -83,7 +83,7 @@ class Prompts:
         """Ids that the tokenizer puts before a text; () if there is no tokenizer. Raises PromptError if they cannot be found."""
         if self.tokenizer is None and not self.damage:
             return ()
-        tokenizer: Any = self._there()
+        tokenizer: Any = self._require_tokenizer()
         ordinary = sorted(self._ids - self._added.keys())
         texts = ["a", "1 b.", *(self.decode([token]) for token in ordinary[:: 1 + len(ordinary) // _PROBES])]
         rows = tokenizer(texts, return_attention_mask=False, verbose=False)["input_ids"]
@@ -109,7 +109,7 @@ class Prompts:
     @property
     def special(self) -> frozenset[int]:
         """Ids of the special tokens."""
-        return frozenset(self._there().all_special_ids)
+        return frozenset(self._require_tokenizer().all_special_ids)
 
     def bodies(self, texts: Sequence[str]) -> list[list[int]]:
         """Return each text's own tokens, with none added before or after. Raises PromptError for an id that the model lacks."""
@@ -140,7 +140,7 @@ class Prompts:
 
     def chat(self, text: str) -> str:
         """Return a user's text as the prompt that the model answers, by its chat template. Raises PromptError if that fails."""
-        tokenizer: Any = self._there()
+        tokenizer: Any = self._require_tokenizer()
         if not tokenizer.chat_template:
             remedy = "leave out ‹chat›, or write the turns yourself"
             raise PromptError(f"the tokenizer of {self._who}", "has no chat template", remedy)
@@ -152,7 +152,7 @@ class Prompts:
 
     def decode(self, tokens: Sequence[int]) -> str:
         """Return tokens as text, with special tokens and without any clean-up of spaces."""
-        return str(self._there().decode(list(tokens), clean_up_tokenization_spaces=False))
+        return str(self._require_tokenizer().decode(list(tokens), clean_up_tokenization_spaces=False))
 
     def continued(self, tokens: Sequence[int], more: Sequence[int]) -> str:
         """Return the text that `more` adds after `tokens`, with the space that many tokenizers drop at the start of a text."""
@@ -200,11 +200,11 @@ class Prompts:
         """Return the token that a text adds to the prompt; None unless it adds one known token and changes none of the prompt."""
         head, whole = self._plain([prompt, prompt + text])
         one = len(whole) == len(head) + 1 and whole[:-1] == head
-        return whole[-1] if one and whole[-1] != self._there().unk_token_id else None
+        return whole[-1] if one and whole[-1] != self._require_tokenizer().unk_token_id else None
 
     def _ambiguity_error(self, given: str, prompt: str, role: str) -> PromptError:
         """Return the error for a text that names no token, with the tokens that it may mean."""
-        unknown: Any = self._there().unk_token_id
+        unknown: Any = self._require_tokenizer().unk_token_id
         head, whole, alone = self._plain([prompt, prompt + given, given]) if given else ([], [], [])
         tokens = whole[len(head) :] if whole[: len(head)] == head and len(whole) > len(head) else alone
         if tokens and set(tokens) == {unknown}:
@@ -222,7 +222,7 @@ class Prompts:
 
     # -- helpers --------------------------------------------------------------------------------------------------------
 
-    def _there(self) -> PreTrainedTokenizerBase:
+    def _require_tokenizer(self) -> PreTrainedTokenizerBase:
         if self.tokenizer is None:
             if self.damage:
                 raise PromptError(self.missing, remedy="repair its files, or load the model with another tokenizer")
@@ -230,7 +230,9 @@ class Prompts:
         return self.tokenizer
 
     def _plain(self, texts: Sequence[str]) -> list[list[int]]:
-        rows: Any = self._there()(list(texts), add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
+        rows: Any = self._require_tokenizer()(list(texts), add_special_tokens=False, return_attention_mask=False, verbose=False)[
+            "input_ids"
+        ]
         return rows
 
     def _prefix_for(self, body: Sequence[int]) -> tuple[int, ...]:
@@ -254,7 +256,7 @@ class Prompts:
     @cached_property
     def _joins_with_spaces(self) -> bool:
         """Whether the tokenizer joins its tokens with spaces, so that a token that continues a text always follows a space."""
-        backend: Any = getattr(self._there(), "backend_tokenizer", None)
+        backend: Any = getattr(self._require_tokenizer(), "backend_tokenizer", None)
         return backend is not None and backend.decoder is None
 
     @cached_property
@@ -271,14 +273,14 @@ class Prompts:
 
     def _token_spelled(self, text: str) -> int | None:
         """Return the token with that spelling in the tokenizer; None if there is none."""
-        tokenizer = self._there()
+        tokenizer = self._require_tokenizer()
         token: Any = tokenizer.convert_tokens_to_ids(text) if text else None
         return token if token is not None and tokenizer.convert_ids_to_tokens(token) == text else None
 
     def _name(self, token: int) -> str:
         if token not in self._ids:  # padding of the model's vocabulary, or there is no tokenizer
             return f"#{token}"
-        piece: Any = self._there().convert_ids_to_tokens(token)
+        piece: Any = self._require_tokenizer().convert_ids_to_tokens(token)
         own = self._continuation_text(token)
         for text in dict.fromkeys((own, piece)):
             if _NUMBER.fullmatch(text) or unencodable_character(text):
@@ -295,7 +297,7 @@ class Prompts:
 
     @cached_property
     def _added(self) -> dict[int, str]:
-        return {token: str(added) for token, added in cast(Any, self._there()).added_tokens_decoder.items()}
+        return {token: str(added) for token, added in cast(Any, self._require_tokenizer()).added_tokens_decoder.items()}
 
     def _continuation_text(self, token: int) -> str:
         """Return the text that a token adds when it continues a text."""

@@ -43,7 +43,7 @@ class Middle:
 
     reader: nn.Module
     writer: nn.Module
-    sums: bool
+    writer_adds_residual: bool
 
 
 @dataclass(frozen=True)

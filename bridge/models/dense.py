@@ -205,7 +205,7 @@ class DenseModel:
                     hooks.enter_context(block.module.register_forward_pre_hook(before, with_kwargs=True))
                     if block.middle is not None:
                         if run.has_entering_rows(middle):
-                            after = partial(run.after_writer, middle, block.middle.sums)
+                            after = partial(run.after_writer, middle, block.middle.writer_adds_residual)
                             hooks.enter_context(block.middle.writer.register_forward_hook(after))
                         reads = partial(run.before_reader, middle)
                         hooks.enter_context(block.middle.reader.register_forward_pre_hook(reads, with_kwargs=True))

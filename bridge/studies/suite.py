@@ -11,7 +11,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from bridge.circuits.task_search import TASK_SEARCH, NoCircuitError, SearchError, test_prompts
+from bridge.circuits.task_search import TASK_SEARCH, NoCircuitError, SearchError, held_out_prompts
 from bridge.data.task_pairs import load_task
 from bridge.data.task_tokens import Resolved, resolve
 from bridge.display.columns import columns
@@ -142,7 +142,7 @@ def _compared(
     sizes = mean_sizes(sparse, dense, failed, whole_size(subjects.sparse), _whole_dense_size(subjects, options))
     lines = [_table(results), "", _means(sizes)]
     if solved := [] if options.get("null") else [result for result in results if result.circuit.nodes]:
-        prompts = {task: test_prompts(tasks[task]) for task in (result.facts.task for result in solved)}
+        prompts = {task: held_out_prompts(tasks[task]) for task in (result.facts.task for result in solved)}
         comparison = compare(subjects.sparse, solved, prompts, seed=options.get("seed", 0), progress=progress)
         lines += ["", render_comparison(comparison)]
         if out is not None:

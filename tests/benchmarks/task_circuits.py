@@ -23,7 +23,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from statistics import median
 
-from bridge.circuits.task_search import test_prompts
+from bridge.circuits.task_search import held_out_prompts
 from bridge.models.bridges import CoupledModels
 from bridge.models.store import CheckpointError, write_json, write_text
 from bridge.studies.compare import compare, heat_map, render_comparison
@@ -115,7 +115,7 @@ def nulls(out: Path, tasks: Sequence[str]) -> str:
 def disentangled(options: argparse.Namespace, results: Sequence[TaskResult]) -> str:
     """Measure every task with every circuit deleted, and the circuits' overlap; return both as text."""
     subjects = Subjects.of(CoupledModels.from_pretrained(options.bridge))
-    prompts = {one.facts.task: test_prompts(resolved(subjects, one.facts.task)) for one in results}
+    prompts = {one.facts.task: held_out_prompts(resolved(subjects, one.facts.task)) for one in results}
     comparison = compare(subjects.sparse, results, prompts)
     write_text(options.out / "cross_ablation.svg", heat_map(comparison))
     write_json(options.out / "comparison.json", comparison.to_json())

@@ -14,7 +14,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
-from bridge.data.task_pairs import PAIRS, SPLITS, TASKS, Example, Task, TaskError, load_task, task_names
+from bridge.data.task_pairs import PAIRS_PER_SPLIT, SPLITS, TASKS, Example, Task, TaskError, load_task, task_names
 from bridge.data.task_templates import POOLS
 from bridge.data.task_tokens import Resolved, resolve, score
 from bridge.models.dense import DenseModel, load_dense
@@ -176,7 +176,7 @@ def test_resolved_pairs_keep_their_promises(name: str, tokenizer: PreTrainedToke
 def test_on_the_shipped_tokenizer_there_are_as_many_pairs_as_wanted(shipped: PreTrainedTokenizerFast) -> None:
     for name in task_names("python"):
         resolved = resolve(load_task(name), shipped, context=128, splits=("validation",))
-        assert len(resolved.splits["validation"]) == PAIRS["validation"], name
+        assert len(resolved.splits["validation"]) == PAIRS_PER_SPLIT["validation"], name
         assert resolved.drop_rate < 0.1, name
 
 

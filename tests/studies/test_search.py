@@ -8,7 +8,7 @@ import pytest
 import torch
 from support.models import CONTEXT, VOCABULARY, planted_pairs, planted_sparse, untrained
 
-from bridge.circuits.task_search import NoCircuitError, SearchError, test_prompts
+from bridge.circuits.task_search import NoCircuitError, SearchError, held_out_prompts
 from bridge.data.task_tokens import Resolved, TokenPairs
 from bridge.models.circuit import ablation_gate
 from bridge.models.dense import DenseModel
@@ -88,7 +88,7 @@ def test_an_edge_adds_to_the_answer_what_a_little_more_of_it_does(dense: DenseMo
     """Literally: a write is given a little more of what one neuron adds to it beyond its mean, all else being the circuit."""
     of, resolved = subjects(dense), task()
     result = search_task(of, resolved, explains="sparse", budget=BUDGET, dense=False)
-    edges, sparse, means, pairs = result.circuit.edges, of.sparse.sparse, of.sparse.means, test_prompts(resolved)
+    edges, sparse, means, pairs = result.circuit.edges, of.sparse.sparse, of.sparse.means, held_out_prompts(resolved)
     assert edges is not None and len(edges) == 4 and {edge.weight for edge in edges} == {2.0}
     for edge in (edge for edge in edges if edge.target.location.kind == "mlp_out"):
         d: list[float] = []
