@@ -1,7 +1,7 @@
 """Pieces of a corpus -> tokens -> rows of one context each.
 
 Chats are written out by the tokenizer's template. A prefix that a document begins with is removed, because `take_blocks` adds
-one to each row, and an end-of-text token at its end is not doubled. Padding is removed from given token ids: the ids that the mask
+one to each row, and an end-of-text token at its end is not doubled. Padding is removed from given token ids: ids that the mask
 excludes (in `records`), and the padding token at both ends. If the end-of-text token serves as padding (also if the tokenizer
 has no padding token), a single one before the text is kept, several are removed, and one after the text is kept. Token ids are
 
