@@ -168,11 +168,8 @@ class DenseSubject:
             for group in self._split(paths, feeds, block.middle is not None):
                 first = tuple(path for path in group if not any(path in feeds[other] for other in group))
                 last = [path for path in group if path not in first]
-                if (
-                    len(last) != 1
-                    or not first
-                    or any(not torch.equal(seen.inputs[path], seen.inputs[first[0]]) for path in first)
-                ):
+                same_input = all(torch.equal(seen.inputs[path], seen.inputs[first[0]]) for path in first)
+                if len(last) != 1 or not first or not same_input:
                     names = ", ".join(path.removeprefix(prefix) for path in group)
                     raise self._refuse(layer, f"{names} are not maps that read the same input, followed by one last map")
                 attention = any(self._mixes_positions(path, last[0], seen) for path in first)

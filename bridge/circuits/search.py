@@ -219,12 +219,9 @@ class _Search:
             inside_f = core_f.index_fill(0, node_k[kept_k], True)
             kept_rpf[0], kept_rpf[1 : 1 + count] = inside_f, inside_f | superset_upf
             kept_rpf[-1] = self.loss.complement(inside_f)
-            gradient_rk, term_r = self.train.masked.gradient(
-                kept_rpf.flatten(0, 1),
-                partial(self.train.descent_terms, level=level, row_p=row_p),
-                row_p.repeat(len(kept_rpf)),
-                node_k,
-            )
+            terms = partial(self.train.descent_terms, level=level, row_p=row_p)
+            row_r = row_p.repeat(len(kept_rpf))
+            gradient_rk, term_r = self.train.masked.gradient(kept_rpf.flatten(0, 1), terms, row_r, node_k)
             gradient_rpk, term_rp = gradient_rk.unflatten(0, (-1, prompts)), term_r.view(-1, prompts)
             # if a superset contains a node, the node's own mask changes nothing
             in_supersets_upk = torch.where(superset_upf[..., node_k] & ~kept_k, 0, gradient_rpk[1 : 1 + count])
@@ -235,13 +232,8 @@ class _Search:
             if several:
                 size_weight *= _LAMBDA_RISE_SEVERAL if mean_term < target_term else _LAMBDA_FALL_SEVERAL
             else:
-                size_weight *= (
-                    _LAMBDA_FAST_RISE
-                    if mean_term < _FAST_RISE_TERM
-                    else _LAMBDA_RISE
-                    if mean_term < target_term
-                    else _LAMBDA_FALL
-                )
+                rise = _LAMBDA_FAST_RISE if mean_term < _FAST_RISE_TERM else _LAMBDA_RISE
+                size_weight *= rise if mean_term < target_term else _LAMBDA_FALL
             size_weight = min(max(size_weight, _LAMBDA_RANGE[0]), _LAMBDA_RANGE[1])
             sigmoid_k = torch.sigmoid(2 * tau_k)
             gradient_k = gradient_k * 4 * sigmoid_k * (1 - sigmoid_k) + size_weight
@@ -308,10 +300,8 @@ class _Search:
         """
         loss, others = self.loss, self.unseen_loss
         node_k = (kept_f & ~core_f).nonzero().flatten()
-        off, left = (
-            max(1.0, others.worst_distance(kept_f, level)),
-            max(self.config.left, float(loss.left_after_deletion(kept_f[None]))),
-        )
+        off = max(1.0, others.worst_distance(kept_f, level))
+        left = max(self.config.left, float(loss.left_after_deletion(kept_f[None])))
 
         def within(fewer_f: Tensor) -> bool:
             if necessary and float(loss.left_after_deletion(fewer_f[None])) > left:

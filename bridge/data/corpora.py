@@ -48,16 +48,8 @@ SPLITS = {
     "test": ("test", "testing", "eval", "evaluation"),
 }
 DOCUMENTATION_NAMES = (
-    "readme",
-    "license",
-    "licence",
-    "copying",
-    "notice",
-    "citation",
-    "changelog",
-    "contributing",
-    "code_of_conduct",
-)
+    "readme", "license", "licence", "copying", "notice", "citation", "changelog", "contributing", "code_of_conduct"
+)  # fmt: skip
 METADATA_FILES = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json", "config.json", "croissant.json")
 SAVED_ROWS = 10_000  # rows per part of a data set written by `save_to_disk`
 SAVED_DATASET_FILES = (("dataset_dict.json",), ("dataset_info.json", "state.json"))  # files that save_to_disk writes

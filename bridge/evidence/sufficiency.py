@@ -27,10 +27,7 @@ from bridge.circuits.loss import CircuitLoss, random_sets
 from bridge.circuits.masked_model import MaskedModel
 from bridge.circuits.search import NestedMasks
 
-_SUPERSETS, _SUPERSETS_OF_LARGE = (
-    20,
-    4,
-)  # supersets of a circuit, and of the two largest circuits, which are almost the whole model
+_SUPERSETS, _SUPERSETS_OF_LARGE = 20, 4  # of a circuit, and of the largest circuits, which are almost the whole model
 _N_LARGE_CIRCUITS = 2
 _DENSITIES = 0.1, 0.9
 _ADVERSARY_STEPS, _ADVERSARY_STEP_SIZE = 20, 0.1  # of the adversary; five steps from 1/2 can reach any mask

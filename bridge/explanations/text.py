@@ -155,11 +155,8 @@ def _path(explanation: Explained, width: int) -> list[str]:
         words = []
         for each in path.steps:
             group = groups.pop(each, None)  # each group is described once
-            words.append(
-                _describe_end(explanation, each)
-                if group is None
-                else f"[{group.id}: {_describe_group(group, group.label or group.name)}]"
-            )
+            described = "" if group is None else _describe_group(group, group.label or group.name)
+            words.append(f"[{group.id}: {described}]" if group is not None else _describe_end(explanation, each))
         lines += _wrap(" " * _HEAD_WIDTH if lines else "PATH      ", " -> ".join(words), width)
     return lines or ["PATH      No group adds anything to the answer."]
 

@@ -14,13 +14,7 @@ from __future__ import annotations
 ATTENTION_KINDS = ("attn_in", "q", "k", "v", "attn_out")
 MLP_KINDS = ("mlp_in", "mlp_gate", "mlp_act", "mlp_out")  # in the order of the computation
 GATE = "mlp_gate"  # only in gated MLPs
-NODE_KINDS = (
-    *ATTENTION_KINDS,
-    "mlp_in",
-    "mlp_act",
-    "mlp_out",
-    GATE,
-)  # this order numbers the kinds, so later ones are at the end
+NODE_KINDS = (*ATTENTION_KINDS, "mlp_in", "mlp_act", "mlp_out", GATE)  # the order numbers the kinds: later ones come last
 ERROR = "error"  # error nodes, added to the residual stream at a site so that it follows the dense model (`circuits/error_nodes`)
 
 MATRICES = {

@@ -39,11 +39,8 @@ from bridge.training.copy_dense import Frame, copy_bridges, copy_embedding, copy
 from bridge.training.dense_sublayers import Attention
 
 ROWS, TOKENS = 4, 64  # size of the text on which copies are verified
-GENTLE_KL, MAX_RATE, BLOCKS_TO_TRY = (
-    0.007,
-    1e-3,
-    6,
-)  # see `gentle_rate`; .007 is the KL of the shipped model, whose best rate was 1e-3
+# see `gentle_rate`; .007 is the KL of the shipped model, whose best rate was 1e-3
+GENTLE_KL, MAX_RATE, BLOCKS_TO_TRY = 0.007, 1e-3, 6
 EMBEDDING_RMS = 0.5  # RMS of the channels in use, as in a random start
 
 
@@ -83,9 +80,7 @@ def shape_from_dense(dense: DenseModel, shape: SparseShape, context: int) -> Spa
     if width % channels and not same_heads:
         raise RecipeError(f"sparse.width {width}", f"is not a multiple of sparse.head_channels {channels}", "change one of them")
     times = max(1.0, width / dense.width)
-    eps = (
-        anatomy.eps * dense.width / (width * _residual_scale(anatomy) ** 2)
-    )  # with this eps the sparse norms equal the dense ones
+    eps = anatomy.eps * dense.width / (width * _residual_scale(anatomy) ** 2)  # so the sparse norms equal the dense ones
     form: dict[str, Any] = {"eps": eps, "logit_cap": anatomy.logit_cap}
     positions = shape.positions
     if positions == "auto":

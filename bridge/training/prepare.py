@@ -201,11 +201,8 @@ def complete_recipe(dense: DenseModel, recipe: Recipe) -> Recipe:
     recipe = recipe.model_copy(update=update)
     if data.rows is None:  # the most that fit into memory, so that a fit runs without further options
         sizes = (data.model_copy(update={"rows": rows}) for rows in (32, 16, 8, 4, 2))
-        fits = (
-            each
-            for each in sizes
-            if memory_needed(dense, recipe.model_copy(update={"data": each})) <= MEMORY_SHARE * _memory(dense)
-        )
+        limit = MEMORY_SHARE * _memory(dense)
+        fits = (each for each in sizes if memory_needed(dense, recipe.model_copy(update={"data": each})) <= limit)
         data = next(fits, data.model_copy(update={"rows": 2}))
     return recipe.model_copy(update={"data": data})
 

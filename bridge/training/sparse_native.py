@@ -30,11 +30,10 @@ def pack(sparse: SparseTransformer, name: str, pattern: Pattern | None = None) -
     """Replace a matrix by a new parameter, the values of its nonzeros (or at `pattern`), and return the parameter."""
     module, attribute = _module_and_attribute(sparse, name)
     weight = getattr(module, attribute)
-    matrix = (
-        SparseMatrix.of(weight)
-        if pattern is None
-        else SparseMatrix(pattern, weight.detach().reshape(-1)[pattern.index_p].clone())
-    )
+    if pattern is None:
+        matrix = SparseMatrix.of(weight)
+    else:
+        matrix = SparseMatrix(pattern, weight.detach().reshape(-1)[pattern.index_p].clone())
     parameter = nn.Parameter(matrix.value_p)
     matrix.value_p = parameter
     sparse.compact[name] = matrix
