@@ -91,7 +91,7 @@ def masked_gate(subject: SparseSubject, kept_f: Tensor) -> Gate:
 
 
 @torch.no_grad()
-def active_nodes(subject: SparseSubject, pairs: TokenPairs) -> Tensor:
+def active_channels(subject: SparseSubject, pairs: TokenPairs) -> Tensor:
     """Return the mask_f of nodes that are not 0 on some prompt, at any of its tokens."""
     values: dict[Location, Tensor] = {}
     subject.logits(pairs, recording_gate(values))

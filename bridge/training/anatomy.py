@@ -42,10 +42,10 @@ from bridge.training.dense_maps import (
     Reading,
     RecordedRun,
     ScoreWatcher,
+    draw_probe_rows,
     find_readings,
     fit_factor,
     fit_output,
-    probe_tokens,
     record_run,
     sites_of,
     unexplained,
@@ -81,9 +81,9 @@ def dissect(dense: DenseModel, context: int) -> Anatomy:
         sites = range(first, first + len(dense.sublayers))
         attention = {site - first: part for site, part in whole.attention.items() if site in sites}
         mlp = {site - first: part for site, part in whole.mlp.items() if site in sites}
-        h_xd = dense.prefix(probe_tokens(dense))[:, 1:].flatten(0, 1).float()
+        h_xd = dense.prefix(draw_probe_rows(dense))[:, 1:].flatten(0, 1).float()
         return Anatomy(whole.centred, whole.eps, attention, mlp, h_xd, None, None, None)
-    tokens_bt = probe_tokens(dense)
+    tokens_bt = draw_probe_rows(dense)
     seen = record_run(dense, tokens_bt)
     sites = sites_of(dense)
     first = replace(seen, maps=[one for one in seen.maps if one.block <= 0])
@@ -167,7 +167,7 @@ def _unembedding(seen: RecordedRun, reads: Sequence[Reading]) -> tuple[Affine | 
 
 def _windows(dense: DenseModel, context: int) -> list[int | None]:
     """Return, for each block, how many tokens the last query of a `context`-long row attends to; None if it attends to all."""
-    tokens_1t, seen = probe_tokens(dense, 1, context), dict[int, int]()
+    tokens_1t, seen = draw_probe_rows(dense, 1, context), dict[int, int]()
     length = tokens_1t.shape[1]
 
     def softened(block: int, score: Tensor) -> None:

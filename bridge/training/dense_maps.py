@@ -147,7 +147,7 @@ def _attention_scores(q_bhtc: Tensor, k_bgtc: Tensor, mask: Tensor | None, scale
     return score_bhtt.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else score_bhtt + mask
 
 
-def probe_tokens(dense: DenseModel, rows: int = PROBE_ROWS, tokens: int = PROBE_TOKENS) -> Tensor:
+def draw_probe_rows(dense: DenseModel, rows: int = PROBE_ROWS, tokens: int = PROBE_TOKENS) -> Tensor:
     """Return random tokens_bt, at most as long as the model's context."""
     length = min(tokens, dense.context or tokens)
     generator = torch.Generator().manual_seed(0)

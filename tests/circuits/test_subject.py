@@ -8,7 +8,7 @@ from support.circuits_subject_cases import corpus, switched_on_f
 from support.models import planted_pairs
 from torch import Tensor
 
-from bridge.circuits.subject import SparseSubject, active_nodes, edge_count, masked_gate, sort_pairs
+from bridge.circuits.subject import SparseSubject, active_channels, edge_count, masked_gate, sort_pairs
 from bridge.data.task_tokens import TokenPairs
 from bridge.models.circuit import ablation_gate, recording_gate
 from bridge.models.sparse import Gate, Location, identity_gate
@@ -24,7 +24,7 @@ def recorded(subject: SparseSubject, pairs: TokenPairs, gate: Gate = identity_ga
 
 def test_switched_on_are_the_nodes_of_each_prompt_by_itself(subject: SparseSubject) -> None:
     pairs = planted_pairs(lengths=(4, 7))
-    assert torch.equal(active_nodes(subject, pairs), switched_on_f(subject, pairs))
+    assert torch.equal(active_channels(subject, pairs), switched_on_f(subject, pairs))
 
 
 def test_keeping_every_node_is_the_model_exactly(subject: SparseSubject) -> None:
