@@ -155,8 +155,10 @@ def _path(explanation: Explained, width: int) -> list[str]:
         words = []
         for each in path.steps:
             group = groups.pop(each, None)  # each group is described once
-            described = "" if group is None else _describe_group(group, group.label or group.name)
-            words.append(f"[{group.id}: {described}]" if group is not None else _describe_end(explanation, each))
+            if group is None:
+                words.append(_describe_end(explanation, each))
+            else:
+                words.append(f"[{group.id}: {_describe_group(group, group.label or group.name)}]")
         lines += _wrap(" " * _HEAD_WIDTH if lines else "PATH      ", " -> ".join(words), width)
     return lines or ["PATH      No group adds anything to the answer."]
 

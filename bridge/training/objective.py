@@ -165,8 +165,11 @@ class Objective(nn.Module):
         if warm is not target:
             place_b = torch.arange(n_from_tokens, len(tokens_bt), device=tokens_bt.device)
             entered_b = warm.divergence(sparse.logits_btv[n_from_tokens:], place_b)
-        terms = {name: x_b[:n_from_tokens].sum() / n_plain for name, x_b in (("ce", ce_b), ("kl", kl_b))}
-        terms["hybrid_in"] = entered_b.sum() / n_in
+        terms = {
+            "ce": ce_b[:n_from_tokens].sum() / n_plain,
+            "kl": kl_b[:n_from_tokens].sum() / n_plain,
+            "hybrid_in": entered_b.sum() / n_in,
+        }
 
         # Decode the rows that leave, those that NMSE compares, and changes to add to other rows from the embedding.
         with_nmse = n_from_tokens if losses.nmse_decoder else 0
