@@ -50,7 +50,7 @@ def diff(
     base: Annotated[str, typer.Argument(help="The coupling of the base model: folder or hub id.")],
     tuned: Annotated[str, typer.Argument(help="The coupling that `bridge adapt` wrote for the fine-tuned model.")],
     prompt: Annotated[list[str] | None, typer.Option(help="The text whose next token is compared; repeatable.")] = None,
-    prompts: Annotated[Path | None, typer.Option(help="A file of prompts, one JSON string a line.")] = None,
+    prompts: Annotated[Path | None, typer.Option(help="A file of prompts, one JSON string per line.")] = None,
     target: Annotated[str | None, typer.Option(help="Token to explain, by text or #id; default the fine-tune's answer.")] = None,
     contrast: Annotated[str | None, typer.Option(help="Explain the target against this token; default all others.")] = None,
     json: Annotated[Path | None, typer.Option(help="Also write the whole comparison as JSON.")] = None,
