@@ -200,24 +200,6 @@ class SparseTransformer(Heads, SparseWeights):
         """Return logits_btv of a plain run."""
         return self.run(tokens_bt).logits_btv
 
-    @torch.no_grad()
-    def generate(self, tokens_bt: Tensor, count: int, *, temperature: float = 0.0, seed: int = 0) -> Tensor:
-        """Return tokens_bt with `count` more, the likeliest or drawn at a temperature, each from the last `context` tokens.
-
-        Raises ValueError for rows without a token, which give nothing to continue from.
-        """
-        if not tokens_bt.shape[1]:
-            raise ValueError("there is no token to continue from; give rows of at least one token")
-        generator = torch.Generator(tokens_bt.device).manual_seed(seed)
-        for _ in range(count):
-            logits_bv = self.run(tokens_bt[:, -self.context :], last_only=True).logits_btv[:, -1].float()
-            if temperature > 0:
-                next_b1 = torch.multinomial((logits_bv / temperature).softmax(-1), 1, generator=generator)
-            else:
-                next_b1 = logits_bv.argmax(-1, keepdim=True)
-            tokens_bt = torch.cat([tokens_bt, next_b1], 1)
-        return tokens_bt
-
     def column_nodes(self, name: str) -> Tensor:
         """Return node_i that each column of a block's matrix reads; several columns of "o" read one value if heads share it."""
         source = self.matrices[name][0]

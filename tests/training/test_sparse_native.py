@@ -257,20 +257,6 @@ def test_a_dense_gradient_can_be_asked_for(frozen: CoupledModels) -> None:
     assert int(gradient_mn[weight == 0].count_nonzero()) > 0
 
 
-def test_generation_goes_on_by_the_models_own_logits(frozen: CoupledModels) -> None:
-    frozen.sparse.use_products()
-    given_bt = torch.randint(2, 40, (2, 12), generator=torch.Generator().manual_seed(0))
-    longer_bt = frozen.sparse.generate(given_bt, 8)
-    assert longer_bt.shape == (2, 20) and torch.equal(longer_bt[:, :12], given_bt)
-    for t in range(12, 20):
-        seen_bt = longer_bt[:, max(0, t - 16) : t]  # no more than its context
-        assert torch.equal(frozen.sparse(seen_bt)[:, -1].argmax(-1), longer_bt[:, t])
-    drawn = [frozen.sparse.generate(given_bt, 30, temperature=2.0, seed=seed) for seed in (0, 0, 1)]
-    assert torch.equal(drawn[0], drawn[1]) and not torch.equal(drawn[0], drawn[2])
-    with pytest.raises(ValueError, match="no token to continue from"):
-        frozen.sparse.generate(given_bt[:, :0], 1)
-
-
 def test_a_converted_model_goes_back_to_dense_products(frozen: CoupledModels) -> None:
     tokens_bt = torch.randint(2, 40, (2, 16), generator=torch.Generator().manual_seed(0))
     expected = frozen.sparse(tokens_bt)
