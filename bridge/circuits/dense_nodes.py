@@ -81,8 +81,9 @@ class DenseSubject:
         self._matrices: list[Matrix] = []
         with torch.no_grad():
             self._probe_bt = probe_tokens(dense.model, f"model {dense.name!r}", dense.context)
-            for sublayer in self._sublayers():
-                (self._wire_attention if sublayer.attention else self._wire_mlp)(sublayer)
+            seen = self._record_maps()
+            for sublayer in self._sublayers(seen):
+                (self._wire_attention if sublayer.attention else self._wire_mlp)(sublayer, seen)
             self.space = NodeSpace(self._sizes, 1)
             self.means: Mapping[Location, Tensor] = self._means(corpus_bt)
 
@@ -153,8 +154,7 @@ class DenseSubject:
             del seen.inputs[path], seen.outputs[path]
         return seen
 
-    def _sublayers(self) -> list[_Sublayer]:
-        seen = self._record_maps()
+    def _sublayers(self, seen: _RecordedMaps) -> list[_Sublayer]:
         found: list[_Sublayer] = []
         for layer, block in enumerate(self.dense.blocks):
             prefix = next(f"{path}." for path, module in self.dense.model.named_modules() if module is block.module)
@@ -215,9 +215,8 @@ class DenseSubject:
         self._sizes[location] = size
         return location
 
-    def _wire_attention(self, sublayer: _Sublayer) -> None:
-        seen, layer = self._record_maps(), sublayer.layer
-        taken = seen.inputs[sublayer.last]
+    def _wire_attention(self, sublayer: _Sublayer, seen: _RecordedMaps) -> None:
+        layer, taken = sublayer.layer, seen.inputs[sublayer.last]
         read = self._location(Location(layer, "attn_in"), seen.inputs[sublayer.first[0]].shape[-1])
         value_bj = torch.cat([seen.outputs[path][:, 0] for path in sublayer.first], -1)
         off_ij = (taken[:, 0].T[:, None] - value_bj.T[None]).abs().amax(-1)
@@ -240,8 +239,8 @@ class DenseSubject:
             if len(here_i):
                 self._matrices.append(Matrix(channels, write, weight_ji[:, here_i], channel_i[here_i] - start, target_j))
 
-    def _wire_mlp(self, sublayer: _Sublayer) -> None:
-        seen, layer = self._record_maps(), sublayer.layer
+    def _wire_mlp(self, sublayer: _Sublayer, seen: _RecordedMaps) -> None:
+        layer = sublayer.layer
         read = self._location(Location(layer, "mlp_in"), seen.inputs[sublayer.first[0]].shape[-1])
         neurons = seen.inputs[sublayer.last].shape[-1]
         act = self._before[sublayer.last] = self._location(Location(layer, "mlp_act"), neurons)
