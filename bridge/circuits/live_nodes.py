@@ -128,7 +128,7 @@ def kernel_locations(
     live: LiveModel, space: NodeSpace, means: Mapping[Location, Tensor], errors: Mapping[Location, Tensor] | None
 ) -> dict[Location, KernelLocation]:
     """Return the locations of a row of masks, in its order."""
-    at_location, first = dict[Location, KernelLocation](), 0
+    at_location = dict[Location, KernelLocation]()
     for at, size in space.sizes.items():
         nodes = live.nodes.get(at)
         if nodes is not None:
@@ -139,8 +139,7 @@ def kernel_locations(
         excess_bts = (errors[at] - means[at])[..., channel_n] if errors and at in errors else mean_n.new_zeros(0, 0, 0)
         kept, near = nodes.kept if nodes else 0, np.zeros(LANES, np.int16)
         arrays = mean_n.numpy(), channel_n.numpy()
-        at_location[at] = KernelLocation(first, size, *arrays, kept, near, excess_bts.contiguous().numpy())
-        first += space.n_tokens * size
+        at_location[at] = KernelLocation(space.first[at], size, *arrays, kept, near, excess_bts.contiguous().numpy())
     return at_location
 
 

@@ -35,7 +35,7 @@ import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import accumulate, chain
+from itertools import chain
 
 import torch
 from torch import Tensor
@@ -45,7 +45,7 @@ from bridge.circuits.question import spread_indices
 from bridge.circuits.subject import SparseSubject
 from bridge.display.progress import OnProgress, Phase, ignore_progress
 from bridge.graph.flow import Flow, flow_through
-from bridge.models.circuit import BIGRAM, COUNTED, EMBEDDING, KINDS, Edge, EdgeKind, Node
+from bridge.models.circuit import BIGRAM, COUNTED, EMBEDDING, KINDS, Edge, EdgeKind, Node, NodeSpace
 from bridge.models.residual import Enter
 from bridge.models.schema import ERROR, GATE, READ_KINDS, WRITE_KINDS
 from bridge.models.sparse import Location
@@ -60,34 +60,30 @@ class Ends:
         space = flow.masked.space
         wide = {EMBEDDING: flow.sparse.width, BIGRAM: flow.sparse.vocabulary, flow.answer: flow.sparse.vocabulary}
         self.n_nodes, self.n_tokens = space.size, space.n_tokens
-        self._sizes = {**space.sizes, **wide}
-        ends = accumulate(n * space.n_tokens for n in self._sizes.values())
-        self._first = dict(zip(self._sizes, (0, *ends), strict=False))
+        self._space = NodeSpace({**space.sizes, **wide}, space.n_tokens)
 
     def number(self, location: Location, index_e: Tensor, position_e: Tensor) -> Tensor:
         """Return end_e of the channels index_e of a location at the positions position_e."""
-        return self._first[location] + position_e * self._sizes[location] + index_e
+        return self._space.first[location] + position_e * self._space.sizes[location] + index_e
 
     def without_position(self, end_e: Tensor) -> Tensor:
         """Return the numbers of ends without their positions, that is, of the same ends at position 0."""
-        first_l, size_l = (torch.tensor([*of.values()], device=end_e.device) for of in (self._first, self._sizes))
+        first_l, size_l = (torch.tensor([*of.values()], device=end_e.device) for of in (self._space.first, self._space.sizes))
         at_e = torch.searchsorted(first_l, end_e, right=True) - 1
         return first_l[at_e] + (end_e - first_l[at_e]) % size_l[at_e]
 
     def node(self, end: int) -> Node:
         """Return the node (or entry, or answer) with a number."""
-        location = next(at for at in reversed(self._first) if self._first[at] <= end)
-        position, index = divmod(end - self._first[location], self._sizes[location])
-        return Node(location, index, position)
+        return self._space.node(end)
 
     def within(self, location: Location, end_e: Tensor) -> Tensor:
         """Return the mask of the ends that are in a location."""
-        first = self._first[location]
-        return (end_e >= first) & (end_e < first + self._sizes[location] * self.n_tokens)
+        first = self._space.first[location]
+        return (end_e >= first) & (end_e < first + self._space.sizes[location] * self.n_tokens)
 
     def parts(self, location: Location, end_e: Tensor) -> tuple[Tensor, Tensor]:
         """Return (position_e, index_e) of ends in a location."""
-        place_e, n = end_e - self._first[location], self._sizes[location]
+        place_e, n = end_e - self._space.first[location], self._space.sizes[location]
         return place_e // n, place_e % n
 
     def inputs(self, end_e: Tensor) -> Tensor:

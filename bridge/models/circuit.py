@@ -20,6 +20,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import accumulate
 from typing import Literal, get_args
 
 import torch
@@ -84,6 +85,11 @@ class NodeSpace:
         """Number of nodes of the prompt."""
         return self.n_tokens * sum(self.sizes.values())
 
+    @cached_property
+    def first(self) -> dict[Location, int]:
+        """Index of the first node of every location."""
+        return dict(zip(self.sizes, accumulate((self.n_tokens * n for n in self.sizes.values()), initial=0), strict=False))
+
     def split(self, x_rf: Tensor) -> dict[Location, Tensor]:
         """Return x_rtn per location, as views of x_rf, which may have any number of leading axes."""
         lengths = [self.n_tokens * n for n in self.sizes.values()]
@@ -100,29 +106,22 @@ class NodeSpace:
 
     def indices_by_location(self, node_k: Tensor) -> Iterator[tuple[Location, Tensor, Tensor]]:
         """Yield (location, which of node_k are there, their places t * n + index) for each location of some nodes."""
-        start = 0
-        for location, n in self.sizes.items():
-            here_k = ((node_k >= start) & (node_k < start + self.n_tokens * n)).nonzero().flatten()
+        for location, first in self.first.items():
+            here_k = ((node_k >= first) & (node_k < first + self.n_tokens * self.sizes[location])).nonzero().flatten()
             if len(here_k):
-                yield location, here_k, node_k[here_k] - start
-            start += self.n_tokens * n
+                yield location, here_k, node_k[here_k] - first
 
     def index_of(self, node: Node) -> int:
         """Return the index of a node in the row."""
-        start = 0
-        for location, n in self.sizes.items():
-            if location == node.location:
-                return start + (node.position or 0) * n + node.index
-            start += self.n_tokens * n
-        raise KeyError(f"there is no node {node}")
+        return self.first[node.location] + (node.position or 0) * self.sizes[node.location] + node.index
 
     def node(self, flat: int) -> Node:
         """Return the node at an index of the row."""
-        for location, n in self.sizes.items():
-            if flat < self.n_tokens * n:
-                return Node(location, flat % n, flat // n)
-            flat -= self.n_tokens * n
-        raise IndexError(f"there are {self.size} nodes")
+        if flat >= self.size:
+            raise IndexError(f"there are {self.size} nodes")
+        location = next(at for at in reversed(self.first) if self.first[at] <= flat)
+        position, index = divmod(flat - self.first[location], self.sizes[location])
+        return Node(location, index, position)
 
 
 @dataclass(frozen=True, eq=False)
