@@ -188,12 +188,12 @@ class MaskedModel(Masked):
         self._narrow = question.is_unpadded
         self._compiled = MaskedPass(sparse, question, self.space, means, errors) if supports_model(sparse) else None
 
-    def on_prompt(self, row: int) -> MaskedModel:
-        """Return the model with masks over the same nodes on one of the prompts."""
+    def on_prompt(self, row: int, *, by_position: bool = False) -> MaskedModel:
+        """Return the model on one of the prompts, with masks over the same nodes, or over these nodes at its positions."""
         question = self.question.rows(torch.tensor([row], device=self.device))
         length = question.prompt_bt.shape[1]
         errors = None if self.errors is None else {at: x[row : row + 1, :length] for at, x in self.errors.items()}
-        return MaskedModel(self.sparse, question, self.means, errors, by_position=False)
+        return MaskedModel(self.sparse, question, self.means, errors, by_position=by_position)
 
     @cached_property
     def site_f(self) -> Tensor:

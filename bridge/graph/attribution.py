@@ -166,8 +166,7 @@ def task_edges(masked: MaskedModel, kept_f: Tensor, most: int = 16) -> tuple[Edg
     rows = spread_indices(len(masked.question), most).tolist()
     added: dict[tuple[Location, Location], Tensor] = {}
     for row in rows:
-        one = masked.on_prompt(row)
-        alone = MaskedModel(one.sparse, one.question, one.means, one.errors)
+        alone = masked.on_prompt(row, by_position=True)
         masks = {at: kept_1n.expand(alone.n_tokens, -1) for at, kept_1n in masked.space.split(kept_f).items()}
         flow = flow_through(alone, alone.space.join(masks))
         for some in (*_weight_edges(flow), *_attention_edges(flow, _EdgeCollector(flow, None))):
