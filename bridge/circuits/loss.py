@@ -100,6 +100,7 @@ class CircuitLoss(Generic[M]):
         self.ablated_b = masked.difference(nothing_bf)
         self.model, self.ablated = float(self.model_b.mean()), float(self.ablated_b.mean())
         self.span = self.model - self.ablated  # in nats; what a circuit has to account for
+        self.divisor = self.span if abs(self.span) >= 1e-6 else 1e-6  # of what is given as a share of the span
         self.nodes_f = ~masked.is_error_f
         superset_uf = random_sets(np.random.default_rng(config.seed), np.array(config.densities), masked.space.size)
         self.superset_uf = superset_uf.to(model_bv.device) & self.nodes_f
@@ -132,13 +133,12 @@ class CircuitLoss(Generic[M]):
     def miss(self, logits_rv: Tensor, row_r: Tensor | None = None) -> Tensor:
         """Return the signed miss_r, relative to the span over all prompts."""
         row_r = self._in_turn(len(logits_rv), row_r)
-        return (self.masked.question.difference(logits_rv, row_r) - self.model_b[row_r]) / max(abs(self.span), 1e-6)
+        return (self.masked.question.difference(logits_rv, row_r) - self.model_b[row_r]) / abs(self.divisor)
 
     def fraction_left(self, logits_rv: Tensor, row_r: Tensor | None = None) -> Tensor:
         """Return left_r, the share of the span that remains."""
         row_r = self._in_turn(len(logits_rv), row_r)
-        difference_r = self.masked.question.difference(logits_rv, row_r)
-        return (difference_r - self.ablated_b[row_r]) / (self.span if abs(self.span) >= 1e-6 else 1e-6)
+        return (self.masked.question.difference(logits_rv, row_r) - self.ablated_b[row_r]) / self.divisor
 
     def kl(self, logits_rv: Tensor, row_r: Tensor | None = None) -> Tensor:
         """Return kl_r from the model's next-token distribution to the copy's, in nats."""

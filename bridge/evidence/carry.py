@@ -51,7 +51,6 @@ class Transporter:
         self.reference_f = loss.nodes_f | circuit_f
         self.sites, self.prompts = range(coupling.n_sites), len(loss.model_b)
         self.narrow = self.masked.question.is_unpadded  # after the last attention, residuals have only the last position
-        self._span = loss.span if abs(loss.span) >= 1e-6 else 1e-6
 
     @cached_property
     def reference(self) -> Trace:
@@ -84,7 +83,7 @@ class Transporter:
             residuals = (x_rts.unflatten(0, (-1, len(row_p))) for x_rts in trace.residuals)
             changes = [x_cpts[1:] - x_cpts[:1] for x_cpts in residuals]
             d_cp = self._d(trace, row_p.repeat(1 + len(place_c))).view(-1, len(row_p))
-            lost_cb[place_c[:, None], row_p] = (d_cp[:1] - d_cp[1:]) / self._span
+            lost_cb[place_c[:, None], row_p] = (d_cp[:1] - d_cp[1:]) / self.loss.divisor
             places = [
                 (c, site, p) for c, place in enumerate(place_c.tolist()) for site in sites[place] for p in range(len(row_p))
             ]
@@ -109,7 +108,7 @@ class Transporter:
         # the reference runs in the same batch, so rounding cancels for everything that does not change
         for some_k, trace in self.masked.runs_without(self.reference_f, sets, self.reference, with_reference=True):
             d_r = self._d(trace, torch.zeros(1 + len(some_k), dtype=torch.long))
-            lost_k[some_k] = (d_r[0] - d_r[1:]) / self._span
+            lost_k[some_k] = (d_r[0] - d_r[1:]) / self.loss.divisor
             for row, k in enumerate(some_k.tolist(), 1):
                 x_rts = trace.residuals[site_k[k]]
                 changes[k] = x_rts[row] - x_rts[0]
@@ -139,7 +138,7 @@ class Transporter:
             enter = Enter(site_r, (x_rtd + change_ktd[some_k])[:, :length])
             last_only = bool((last_r == length - 1).all())
             trace = self.coupling.dense.run(question.prompt_bt[row_r, :length], enter, last_only=last_only)
-            lost_k[some_k] = (self.loss.model_b[row_r] - self._d(trace, row_r, length)) / self._span
+            lost_k[some_k] = (self.loss.model_b[row_r] - self._d(trace, row_r, length)) / self.loss.divisor
         return lost_k
 
     @torch.no_grad()
@@ -153,7 +152,7 @@ class Transporter:
             x_rts = torch.stack([self.reference.residuals[site_k[k]][row_k[k]] + change_k[k] for k in places])
             kept_rf = self.reference_f.expand(len(places), -1)
             trace = self.masked.run(kept_rf, row_r, Enter(site_r, x_rts), narrow=self.narrow)
-            lost_k[some_k] = (self._reference_d_b[row_r] - self._d(trace, row_r)) / self._span
+            lost_k[some_k] = (self._reference_d_b[row_r] - self._d(trace, row_r)) / self.loss.divisor
         return lost_k
 
     def _run(self, kept_cf: Tensor, row_p: Tensor) -> Trace:
