@@ -157,16 +157,14 @@ def fit_ridge(source_ni: Tensor, target_nj: Tensor) -> tuple[Tensor, Tensor]:
 def shuffled_bridges(coupling: CoupledModels, seed: int) -> Bridges:
     """Return the coupling's bridges with their sparse channels in a random order, which differs by site."""
     generator = torch.Generator().manual_seed(seed)
-    sparse, dense = coupling.sparse, coupling.dense
-    shuffled = Bridges(coupling.n_sites, dense.width, sparse.width, sparse.keep).to(dense.device).requires_grad_(False)
+    shuffled = copy.deepcopy(coupling.bridges).requires_grad_(False)
     for site in range(coupling.n_sites):
-        order_s = torch.randperm(sparse.width, generator=generator).to(dense.device)
-        state = dict(coupling.bridges[site].state_dict())
+        order_s = torch.randperm(coupling.sparse.width, generator=generator).to(coupling.dense.device)
+        encoder, decoder = shuffled[site].encoder, shuffled[site].decoder
         if (site, "encoder") not in coupling.ends:
-            state |= {name: state[name][order_s] for name in ("encoder.weight", "encoder.bias")}
+            encoder.load_state_dict({"weight": encoder.weight[order_s], "bias": encoder.bias[order_s]})
         if (site, "decoder") not in coupling.ends:
-            state["decoder.weight"] = state["decoder.weight"][:, order_s]
-        shuffled[site].load_state_dict(state)
+            decoder.weight.copy_(decoder.weight[:, order_s])
     return shuffled
 
 
