@@ -31,7 +31,7 @@ from bridge.circuits.question import Question
 from bridge.kernels.cpu import tokens_contiguous
 from bridge.kernels.products import tokens_innermost
 from bridge.kernels.top_k import choose
-from bridge.models.circuit import NodeSpace, check_means
+from bridge.models.circuit import NodeSpace, check_means, recording_gate
 from bridge.models.residual import Enter, Trace
 from bridge.models.schema import ERROR
 from bridge.models.span import SparseSpan
@@ -202,6 +202,24 @@ class MaskedModel(Masked):
             at.layer - 1 if at.kind == ERROR else self.sparse.site(at) for at in self.space.sizes
         )
 
+    @cached_property
+    def active_f(self) -> Tensor:
+        """Mask of the nodes that are not 0 in a run that keeps every node and every error. Errors are not included.
+
+        If a node covers all positions and prompts (a task), it is active if it is not 0 at any token of any prompt.
+        """
+        there_bt1 = (torch.arange(self.n_tokens, device=self.device) <= self.question.last_b[:, None])[..., None]
+        every_f, active_f = torch.ones_like(self.is_error_f), torch.zeros_like(self.is_error_f)
+        for row_b in torch.arange(len(self.question)).split(self.rows_per_batch):
+            values = self.node_values(every_f, row_b)
+            parts = {}
+            for at, n in self.space.sizes.items():
+                on_btn = (values[at] != 0) & there_bt1[row_b] if at.kind != ERROR else torch.zeros(1, 1, n, dtype=torch.bool)
+                on_tn = on_btn.any(0) if self.space.n_tokens > 1 else on_btn.any(0).any(0, keepdim=True)
+                parts[at] = on_tn.to(self.device).expand(self.space.n_tokens, -1)
+            active_f |= self.space.join(parts)
+        return active_f
+
     # -- runs -----------------------------------------------------------------------------------------------------------
 
     def run(self, kept_rf: Tensor, row_r: Tensor | None = None, enter: Enter | None = None, *, narrow: bool = False) -> Trace:
@@ -216,6 +234,14 @@ class MaskedModel(Masked):
         gate, correct = self.gates(kept_rf, row_r)
         tokens_rt = self.question.prompt_bt[row_r]
         return self.sparse.run(tokens_rt, enter, gate, correct=correct, last_only=narrow, narrow=narrow)
+
+    @torch.no_grad()
+    def node_values(self, kept_f: Tensor, row_b: Tensor) -> dict[Location, Tensor]:
+        """Return value_btn of every node on the prompts row_b, with no node ablated; of kept_f, only the errors' masks apply."""
+        values: dict[Location, Tensor] = {}
+        _, correct = self.gates(kept_f.expand(len(row_b), -1), row_b)
+        self.sparse.run(self.question.prompt_bt[row_b], gate=recording_gate(values), correct=correct, last_only=True)
+        return values
 
     @torch.no_grad()
     def logits_without(self, kept_f: Tensor, sets: Sequence[Tensor] | Tensor) -> Tensor:

@@ -19,37 +19,7 @@ from bridge.circuits.error_nodes import follow_dense
 from bridge.circuits.masked_model import MaskedModel, integrated_gradients
 from bridge.circuits.question import Question
 from bridge.models.bridges import CoupledModels
-from bridge.models.circuit import NodeSpace, recording_gate
-from bridge.models.schema import ERROR
-from bridge.models.sparse import Location
-
-
-@torch.no_grad()
-def node_values(masked: MaskedModel, kept_f: Tensor, row_b: Tensor) -> dict[Location, Tensor]:
-    """Return value_btn of every node on the prompts row_b, with no node ablated; of kept_f, only the errors' masks apply."""
-    values: dict[Location, Tensor] = {}
-    _, correct = masked.gates(kept_f.expand(len(row_b), -1), row_b)
-    masked.sparse.run(masked.question.prompt_bt[row_b], gate=recording_gate(values), correct=correct, last_only=True)
-    return values
-
-
-def active_nodes(masked: MaskedModel) -> Tensor:
-    """Return active_f: nodes that are not 0 in a run that keeps every node and every error. Errors are not included.
-
-    If a node covers all positions and prompts (a task), it is active if it is not 0 at any token of any prompt.
-    """
-    question, space, every_f = masked.question, masked.space, torch.ones_like(masked.is_error_f)
-    there_bt1 = (torch.arange(masked.n_tokens, device=every_f.device) <= question.last_b[:, None])[..., None]
-    active_f = torch.zeros_like(every_f)
-    for row_b in torch.arange(len(question)).split(masked.rows_per_batch):
-        values = node_values(masked, every_f, row_b)
-        parts = {}
-        for at, n in space.sizes.items():
-            on_btn = (values[at] != 0) & there_bt1[row_b] if at.kind != ERROR else torch.zeros(1, 1, n, dtype=torch.bool)
-            on_tn = on_btn.any(0) if space.n_tokens > 1 else on_btn.any(0).any(0, keepdim=True)
-            parts[at] = on_tn.to(every_f.device).expand(space.n_tokens, -1)
-        active_f |= space.join(parts)
-    return active_f
+from bridge.models.circuit import NodeSpace
 
 
 def matched_nodes(masked: MaskedModel, kept_f: Tensor, draws: int, generator: torch.Generator) -> Tensor:
@@ -57,7 +27,7 @@ def matched_nodes(masked: MaskedModel, kept_f: Tensor, draws: int, generator: to
 
     If a location and position has too few other active nodes, all of them are taken.
     """
-    pool_f = active_nodes(masked) & ~kept_f
+    pool_f = masked.active_f & ~kept_f
     matched_cf = torch.zeros(draws, len(kept_f), dtype=torch.bool, device=kept_f.device)
     # the pool is sorted by (group, random number), and the first nodes of each group are taken
     sizes = torch.tensor([n for n in masked.space.sizes.values() for _ in range(masked.space.n_tokens)])

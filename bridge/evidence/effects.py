@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from bridge.evidence.carry import Transporter
-from bridge.evidence.controls import active_nodes, sample_by_location, sample_indices
+from bridge.evidence.controls import sample_by_location, sample_indices
 from bridge.evidence.measures import Control, Criterion, Measure, Point
 
 MIN_NODES_TO_RANK = 10  # nodes; with fewer, a rank correlation means nothing
@@ -52,7 +52,7 @@ def profile_nodes(transporter: Transporter, circuit_f: Tensor, count: int, gener
     masked = transporter.masked
     inside_p = sample_indices((circuit_f & ~masked.is_error_f).nonzero().flatten(), count // 2, generator)
     inside_f = torch.zeros_like(circuit_f).index_fill(0, inside_p, True)
-    return torch.cat([inside_p, sample_by_location(masked.space, inside_f, active_nodes(masked) & ~circuit_f, generator)])
+    return torch.cat([inside_p, sample_by_location(masked.space, inside_f, masked.active_f & ~circuit_f, generator)])
 
 
 def effect_profile(transporter: Transporter, circuit_f: Tensor, node_p: Tensor) -> tuple[Effect, ...]:

@@ -38,7 +38,6 @@ from bridge.circuits.error_nodes import Followed
 from bridge.circuits.masked_model import MaskedModel
 from bridge.evidence.bootstrap import bootstrap_interval
 from bridge.evidence.carry import Transporter
-from bridge.evidence.controls import node_values
 from bridge.evidence.measures import Control, Criterion, Measure, Point
 from bridge.models.sparse import Gate, Location
 from bridge.models.transport import decode_changes
@@ -84,7 +83,7 @@ def patch_circuits(transporter: Transporter, counterfactual: Counterfactual, cir
     for row_p in torch.arange(transporter.prompts).split(masked.rows_per_batch):
         kept_pf = transporter.reference_f.expand(len(row_p), -1)
         own, other = masked.gates(kept_pf, row_p)[1], counterfactual_masked.gates(kept_pf, row_p)[1]
-        values = node_values(counterfactual_masked, transporter.reference_f, row_p)
+        values = counterfactual_masked.node_values(transporter.reference_f, row_p)
         run = partial(masked.sparse.run, question.prompt_bt[row_p], last_only=True)
         plain = run(correct=own)
         for into, circuit_f in zip(found, circuit_cf, strict=True):

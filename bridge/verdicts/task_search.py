@@ -26,7 +26,7 @@ from bridge.circuits.masked_model import MaskedModel
 from bridge.circuits.search import NestedMasks
 from bridge.data.task_tokens import Scores
 from bridge.display.progress import OnProgress, Phase, ignore_progress
-from bridge.evidence.controls import active_nodes, matched_nodes
+from bridge.evidence.controls import matched_nodes
 from bridge.evidence.measures import Control, Criterion, Measure, Report, Rule
 from bridge.evidence.sufficiency import NestedCircuit, measure_circuit, superset_draws
 
@@ -93,13 +93,13 @@ def gather_task(
     """
     config, opening = TaskEvidenceConfig(), test.config.opening
     generator = torch.Generator().manual_seed(seed + 3_000_017)
-    on_f, levels, lost = active_nodes(test.masked), list[TaskLevel](), list[float]()
+    levels, lost = list[TaskLevel](), list[float]()
     for place, level in enumerate(nested.levels):
         progress(Phase(f"evidence: {level}, alone, in supersets, deleted, and matched nodes"))
         kept_f = nested.kept(place)
         superset_uf = superset_draws(test, config.supersets, seed + place)
         found = measure_circuit(test, kept_f, superset_uf, level.faithfulness, test.meets_bounds(kept_f, level))
-        alone, lost_here = _measure_matched(test, kept_f, on_f, config.draws, generator)
+        alone, lost_here = _measure_matched(test, kept_f, config.draws, generator)
         lost = lost_here if place == opening else lost
         levels.append(TaskLevel(found, edges[place], median(alone) if alone else None))
     opened, kept_f = levels[opening].circuit, nested.kept(opening)
@@ -126,7 +126,7 @@ def gather_task(
                 Control.of("matched", lost, max, "largest"),
             ),
             Measure("kl", "KL alone in nats", opened.kl),
-            _stability_measure(config, seeds_f, on_f),
+            _stability_measure(config, seeds_f, test.masked.active_f),
             _size_measure(config, edges[opening], dense_edges),
         ),
         config.rules(),
@@ -135,10 +135,10 @@ def gather_task(
 
 
 def _measure_matched(
-    test: CircuitLoss[MaskedModel], kept_f: Tensor, on_f: Tensor, draws: int, generator: torch.Generator
+    test: CircuitLoss[MaskedModel], kept_f: Tensor, draws: int, generator: torch.Generator
 ) -> tuple[list[float], list[float]]:
     """Return the faithfulness of draws of matched nodes alone, and the span lost by deleting each; [] if too few are active."""
-    if not 0 < int((kept_f & test.nodes_f).sum()) <= int((on_f & ~kept_f).sum()):
+    if not 0 < int((kept_f & test.nodes_f).sum()) <= int((test.masked.active_f & ~kept_f).sum()):
         return [], []
     matched_cf, count = matched_nodes(test.masked, kept_f, draws, generator), len(test.model_b)
     miss_c = test.miss(test.logits(matched_cf)).view(-1, count).mean(1)

@@ -24,7 +24,6 @@ from bridge.cards.evidence import NULLS, TESTS, gather_task, held_out_pairs, nul
 from bridge.cards.task_circuit import CardError
 from bridge.data.task_tokens import Resolved
 from bridge.evidence.bootstrap import bootstrap_interval
-from bridge.evidence.controls import active_nodes, node_values
 from bridge.evidence.deletion import delete_circuits
 from bridge.evidence.measures import Report, Verdict
 from bridge.models.dense import DenseModel
@@ -88,8 +87,8 @@ def test_nodes_are_active_that_are_so_for_any_prompt(dense: DenseModel) -> None:
     coupling = untrained(dense)
     coupling.sparse.project(0.1)
     transporter, _, pairs = case_of(coupling)
-    active = transporter.masked.space.split(active_nodes(transporter.masked))
-    values = node_values(transporter.masked, torch.ones_like(transporter.reference_f), torch.arange(transporter.prompts))
+    active = transporter.masked.space.split(transporter.masked.active_f)
+    values = transporter.masked.node_values(torch.ones_like(transporter.reference_f), torch.arange(transporter.prompts))
     for at, active_1n in active.items():
         expected_n = torch.zeros_like(active_1n[0])
         for row in range(len(pairs)):

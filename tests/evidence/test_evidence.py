@@ -17,7 +17,7 @@ from bridge.circuits.necessity import backup_nodes
 from bridge.circuits.question import Question
 from bridge.circuits.search import NestedMasks
 from bridge.evidence.carry import Transporter
-from bridge.evidence.controls import active_nodes, circuits_of_other_prompts, matched_nodes, node_values
+from bridge.evidence.controls import circuits_of_other_prompts, matched_nodes
 from bridge.evidence.deletion import Deletion, delete_circuits, delete_groups
 from bridge.evidence.effects import Effect, effect_profile, permuted_null, profile_measure, profile_nodes, rank_correlation
 from bridge.evidence.measures import Criterion
@@ -160,8 +160,8 @@ def test_a_group_is_deleted_in_nats_behind_its_last_node(case: Case, transporter
 
 def test_matched_nodes_are_active_others_of_the_same_places(case: Case) -> None:
     masked, space = case.masked, case.masked.space
-    active_f = active_nodes(masked)
-    values = node_values(masked, torch.ones_like(case.kept_f), torch.arange(1))
+    active_f = masked.active_f
+    values = masked.node_values(torch.ones_like(case.kept_f), torch.arange(1))
     for at, active_tn in space.split(active_f).items():
         expected_tn = torch.zeros_like(active_tn) if at.kind == ERROR else values[at][0] != 0
         assert torch.equal(active_tn, expected_tn)
@@ -253,7 +253,7 @@ def test_a_backup_is_enough_and_no_larger_than_it_must_be(case: Case) -> None:
         assert not len(node_k)
     else:
         assert len(node_k) and len(first_node_names(case.masked, node_k)) == min(5, len(node_k))
-        assert left(len(node_k)) <= case.loss.config.left or len(node_k) == int(active_nodes(case.masked).sum())
+        assert left(len(node_k)) <= case.loss.config.left or len(node_k) == int(case.masked.active_f.sum())
         assert left(0) > case.loss.config.left
     assert not len(backup_nodes(case.loss, torch.ones_like(none_f)))
 
