@@ -183,7 +183,7 @@ def _effects(flow: Flow, layers: dict[int, _Layer], pairs: list[list[int]]) -> l
         z_3htc = its.z_htc.repeat(_N_ABLATIONS, 1, 1, 1)
         z_3htc[:, head, query] = its.ablated_3htc[:, head, query]
         before_1ts, after_3ts = (
-            sparse.attention_output_nodes(layer, z_bhtc.transpose(1, 2).flatten(2), keep) for z_bhtc in (its.z_htc[None], z_3htc)
+            sparse.write_nodes(layer, "o", keep, z_bhtc.transpose(1, 2).flatten(2)) for z_bhtc in (its.z_htc[None], z_3htc)
         )
         x_3ts = whole.residuals[site + 1].repeat(_N_ABLATIONS, 1, 1)
         x_3ts[:, query] += (after_3ts - before_1ts)[:, query]

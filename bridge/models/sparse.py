@@ -234,7 +234,7 @@ class SparseTransformer(Heads, SparseWeights):
     def _mapped(self, layer: int, name: str, x_btn: Tensor) -> Tensor:
         return self._map(f"blocks.{layer}.{name}", getattr(self._block(layer), name), x_btn)
 
-    def _write_nodes(self, layer: int, name: str, gate: Gate, x_btn: Tensor) -> Tensor:
+    def write_nodes(self, layer: int, name: str, gate: Gate, x_btn: Tensor) -> Tensor:
         """Return the nodes that a matrix writes, after a norm with a gain if their kind has one."""
         kind, y_btn = MATRICES[name][1], self._mapped(layer, name, x_btn)
         y_btn = y_btn * self.write_norm_scale(layer, kind, y_btn) if self.has_write_norm(layer, kind) else y_btn
@@ -242,13 +242,9 @@ class SparseTransformer(Heads, SparseWeights):
 
     def _attention_write(self, layer: int, gate: Gate, last_only: bool, x_bts: Tensor) -> Tensor:
         r_bts = self._node(layer, "attn_in", gate, self._read(x_bts))
-        q_btn = self._write_nodes(layer, "q", gate, r_bts[:, -1:] if last_only else r_bts)
-        k_btn, v_btn = (self._write_nodes(layer, name, gate, r_bts) for name in KEY_KINDS)
-        return self.attention_output_nodes(layer, self._attend(layer, q_btn, k_btn, v_btn), gate)
-
-    def attention_output_nodes(self, layer: int, z_btn: Tensor, gate: Gate = identity_gate) -> Tensor:
-        """Return the attn_out nodes from the heads' outputs z_btn."""
-        return self._write_nodes(layer, "o", gate, z_btn)
+        q_btn = self.write_nodes(layer, "q", gate, r_bts[:, -1:] if last_only else r_bts)
+        k_btn, v_btn = (self.write_nodes(layer, name, gate, r_bts) for name in KEY_KINDS)
+        return self.write_nodes(layer, "o", gate, self._attend(layer, q_btn, k_btn, v_btn))
 
     def has_write_norm(self, layer: int, kind: str) -> bool:
         """Return whether there is a norm with a gain between a linear map and the nodes of a kind that it writes."""
@@ -269,7 +265,7 @@ class SparseTransformer(Heads, SparseWeights):
             a_btn = self._node(layer, GATE, gate, self.activation(self._mapped(layer, "gate", r_bts))) * up_btn
         else:
             a_btn = self.activation(up_btn)
-        return self._write_nodes(layer, "down", gate, self._node(layer, "mlp_act", gate, a_btn))
+        return self.write_nodes(layer, "down", gate, self._node(layer, "mlp_act", gate, a_btn))
 
     def activation(self, x_btn: Tensor) -> Tensor:
         """Apply the MLP's nonlinearity."""
