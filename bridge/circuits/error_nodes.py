@@ -60,8 +60,9 @@ def error_locations(n_sites: int) -> Iterator[Location]:
 
 
 @torch.no_grad()
-def follow_dense(coupling: CoupledModels, prompt_bt: Tensor, last_b: Tensor) -> Followed:
-    """Return the dense run and the errors on some prompts, each of which ends at position last_b."""
+def follow_dense(coupling: CoupledModels, prompt_bt: Tensor, last_b: Tensor | None = None) -> Followed:
+    """Return the dense run and the errors on some prompts, each of which ends at position last_b (None: the last one)."""
+    last_b = torch.full_like(prompt_bt[:, 0], prompt_bt.shape[1] - 1) if last_b is None else last_b
     dense, errors = _errors(coupling, prompt_bt)
     row_b, logits_at = torch.arange(len(prompt_bt), device=prompt_bt.device), Location(coupling.n_sites, ERROR)
     errors[logits_at] = errors[logits_at][row_b, last_b][:, None]

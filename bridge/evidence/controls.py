@@ -60,8 +60,7 @@ def circuits_of_other_prompts(
     for other_f in other_cf:
         row, start = (int(torch.randint(size, (), generator=generator)) for size in (len(text_bt), text_bt.shape[1] - length + 1))
         tokens_t = text_bt[row, start : start + length].to(kept_f.device)
-        last_b = torch.tensor([length - 1], device=kept_f.device)
-        followed = follow_dense(coupling, tokens_t[None], last_b)
+        followed = follow_dense(coupling, tokens_t[None])
         question = Question.of_prompt(tokens_t, int(followed.dense_bv[0].argmax()))
         there = MaskedModel(masked.sparse, question, masked.means, followed.errors)
         score_f = integrated_gradients(

@@ -148,8 +148,7 @@ def _of_prompt(
     seed: int,
 ) -> PromptDiff:
     tokens_t = prompt_tokens(base, text)
-    last_b = torch.tensor([len(tokens_t) - 1], device=tokens_t.device)
-    ours, theirs = (follow_dense(one, tokens_t[None], last_b) for one in (base, tuned))
+    ours, theirs = (follow_dense(one, tokens_t[None]) for one in (base, tuned))
     prompts = base.dense.prompts
     question = question_of(prompts, text, tokens_t, theirs.dense_bv[0], target, contrast)
     base_d, tuned_d = (float(question.difference(one.dense_bv)) for one in (ours, theirs))

@@ -62,8 +62,7 @@ def judged(
     coupling: CoupledModels, tokens_t: Tensor, means: Means, search: SearchConfig, config: EvidenceConfig, seed: int = 0
 ) -> PromptVerdict:
     """Search and judge the circuit for one prompt."""
-    last_b = torch.tensor([len(tokens_t) - 1], device=tokens_t.device)
-    followed = follow_dense(coupling, tokens_t[None], last_b)
+    followed = follow_dense(coupling, tokens_t[None])
     question = Question.of_prompt(tokens_t, int(followed.dense_bv[0].argmax()))
     loss = CircuitLoss(MaskedModel(coupling.sparse, question, means, followed.errors), followed.dense_bv, search)
     if abs(loss.span) < search.least_span:
