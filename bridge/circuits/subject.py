@@ -22,7 +22,7 @@ from torch import Tensor
 
 from bridge.circuits.masked_model import last_logits
 from bridge.data.task_tokens import TokenPairs
-from bridge.models.circuit import NodeSpace, ablation_gate, recording_gate
+from bridge.models.circuit import NodeSpace, ablation_gate
 from bridge.models.sparse import Gate, Location, SparseTransformer, identity_gate
 
 
@@ -88,15 +88,6 @@ class SparseSubject:
 def masked_gate(subject: SparseSubject, kept_f: Tensor) -> Gate:
     """Return the gate of a mask kept_f, or kept_bf with one mask for every prompt."""
     return ablation_gate(subject.space.split(kept_f), subject.means)
-
-
-@torch.no_grad()
-def active_channels(subject: SparseSubject, pairs: TokenPairs) -> Tensor:
-    """Return the mask_f of nodes that are not 0 on some prompt, at any of its tokens."""
-    values: dict[Location, Tensor] = {}
-    subject.logits(pairs, recording_gate(values))
-    on = {at: ((values[at] != 0) & pairs.is_prompt_bt[..., None]).any((0, 1))[None] for at in subject.space.sizes}
-    return subject.space.join(on)
 
 
 def edge_count(subject: Subject, kept_f: Tensor) -> int:

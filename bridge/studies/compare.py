@@ -23,7 +23,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bridge.circuits.subject import SparseSubject, active_channels, masked_gate
+from bridge.circuits.masked_model import MaskedModel
+from bridge.circuits.question import Question
+from bridge.circuits.subject import SparseSubject, masked_gate
 from bridge.data.task_tokens import TokenPairs
 from bridge.display.plots import draw_figure, svg
 from bridge.display.progress import OnProgress, Phase, ignore_progress
@@ -108,7 +110,9 @@ def compare(
     names = tuple(result.facts.task for result in results)
     kept = {name: subject.space.join(result.circuit.kept).to(subject.device) for name, result in zip(names, results, strict=True)}
     generator = torch.Generator().manual_seed(seed)
-    on_f = torch.stack([active_channels(subject, pairs.to(subject.device)) for pairs in prompts.values()]).any(0)
+    questions = [Question.of_pairs(pairs.to(subject.device)) for pairs in prompts.values()]
+    asked = [MaskedModel(subject.sparse, question, subject.means, by_position=False) for question in questions]
+    on_f = torch.stack([masked.active_f for masked in asked]).any(0)
 
     def losses(gone_f: Tensor) -> list[float]:
         gate = masked_gate(subject, ~gone_f)

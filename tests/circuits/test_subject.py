@@ -8,7 +8,9 @@ from support.circuits_subject_cases import corpus, switched_on_f
 from support.models import planted_pairs
 from torch import Tensor
 
-from bridge.circuits.subject import SparseSubject, active_channels, edge_count, masked_gate, sort_pairs
+from bridge.circuits.masked_model import MaskedModel
+from bridge.circuits.question import Question
+from bridge.circuits.subject import SparseSubject, edge_count, masked_gate, sort_pairs
 from bridge.data.task_tokens import TokenPairs
 from bridge.models.circuit import ablation_gate, recording_gate
 from bridge.models.sparse import Gate, Location, identity_gate
@@ -24,7 +26,8 @@ def recorded(subject: SparseSubject, pairs: TokenPairs, gate: Gate = identity_ga
 
 def test_switched_on_are_the_nodes_of_each_prompt_by_itself(subject: SparseSubject) -> None:
     pairs = planted_pairs(lengths=(4, 7))
-    assert torch.equal(active_channels(subject, pairs), switched_on_f(subject, pairs))
+    masked = MaskedModel(subject.sparse, Question.of_pairs(pairs), subject.means, by_position=False)
+    assert torch.equal(masked.active_f, switched_on_f(subject, pairs))
 
 
 def test_keeping_every_node_is_the_model_exactly(subject: SparseSubject) -> None:
