@@ -47,7 +47,7 @@ from bridge.evidence.measures import Control, Criterion, Measure, Point
 from bridge.explanations.build import prompt_tokens, question_of, token_of, top_answers
 from bridge.finetunes.grafts import KINDS, Grafts
 from bridge.finetunes.result import ChangedChannel, ChangedEdge, ChangedNode, Diff, PromptDiff, ShiftedEffect, Transplant
-from bridge.graph.flow import Flow, flow_through
+from bridge.graph.flow import flow_through
 from bridge.models.bridges import CoupledModels
 from bridge.models.circuit import Node, NodeSpace
 from bridge.models.schema import ERROR
@@ -255,7 +255,7 @@ def _changed_edges(
             from_at, to_at = Location(layer, source), Location(layer, target)
             was_ji, now_ji = flows[0].weight(layer, name).detach(), theirs.weight(layer, name).detach()
             position_k, node_k = changed[to_at].nonzero(as_tuple=True)
-            gradient_k = torch.stack([_gradient(flow, to_at)[position_k, node_k] for flow in flows]).mean(0)
+            gradient_k = torch.stack([flow.output_gradient(to_at)[position_k, node_k] for flow in flows]).mean(0)
             effect_ki = (now_ji - was_ji)[node_k] * theirs.matrix_input(layer, name)[position_k] * gradient_k[:, None]
             most = effect_ki.flatten().abs().topk(min(config.most_edges, effect_ki.numel())).indices
             for k, i in ((at // effect_ki.shape[1], at % effect_ki.shape[1]) for at in most.tolist()):
@@ -268,12 +268,6 @@ def _changed_edges(
         ChangedEdge(str(source), str(target), "came" if was == 0 else "went" if now == 0 else "changed", was, now, effect)
         for effect, source, target, was, now in found[: config.most_edges]
     )
-
-
-def _gradient(flow: Flow, at: Location) -> Tensor:
-    """Return the derivative of d with respect to the output of the matrix into the nodes of a location."""
-    passed = flow.output_factor(at)
-    return flow.gradient[at] if passed is None else flow.gradient[at] * passed
 
 
 # -- the transplant -----------------------------------------------------------------------------------------------------------

@@ -155,8 +155,7 @@ def _layer(flow: Flow, layer: int) -> _Layer:
     q, k, v, out = (Location(layer, kind) for kind in ("q", "k", "v", "attn_out"))
     mean = {at: flow.masked.means[at].to(value[at].dtype).expand_as(value[at]) for at in (q, k, v)}
     pattern_htt, ablated_htt = (sparse.pattern(layer, of[q][None], of[k][None])[0] for of in (value, mean))
-    passed_ts = flow.output_factor(out)
-    gradient_ts = flow.gradient[out] * flow.kept[out] * (1.0 if passed_ts is None else passed_ts)
+    gradient_ts = flow.output_gradient(out) * flow.kept[out]
     gradient_thc = (gradient_ts @ flow.weight(layer, "o")).unflatten(-1, (-1, channels))
     v_htc, mean_htc = (
         sparse.repeat_shared_heads(sparse.split_heads(layer, of[v][None], rotate=False))[0] for of in (value, mean)

@@ -95,6 +95,11 @@ class Flow:
         name = next(name for name, (_, to) in self.sparse.matrices.items() if to == target.kind)
         return self.sparse.write_norm_scale(target.layer, target.kind, self.matrix_output(target.layer, name))
 
+    def output_gradient(self, target: Location) -> Tensor:
+        """Return dd / d the output of the matrix into the nodes of a location."""
+        passed_tj = self.output_factor(target)
+        return self.gradient[target] if passed_tj is None else self.gradient[target] * passed_tj
+
     def locations(self, *kinds: str) -> list[Location]:
         """Return the locations of some kinds that have a kept node."""
         return [at for at, kept_tn in self.kept.items() if at.kind in kinds and bool(kept_tn.any())]
