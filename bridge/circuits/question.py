@@ -15,7 +15,7 @@ from dataclasses import dataclass, fields, replace
 import torch
 from torch import Tensor
 
-from bridge.data.task_tokens import TokenPairs
+from bridge.data.task_tokens import TokenPairs, log_sum
 
 
 @dataclass(frozen=True, eq=False)
@@ -101,18 +101,6 @@ class Question:
         row_r = self.rows_or_all(len(logits_rv), row_r)
         over, under = (log_sum(logits_rv, id_bk[row_r], not_b[row_r]) for id_bk, not_b in sides)
         return over - under
-
-
-def log_sum(logits_rv: Tensor, id_rk: Tensor, not_r: Tensor) -> Tensor:
-    """Return the log of the sum of exp over the listed logits, or over all others if not_r; one row of ids serves all rows."""
-    there_rk = id_rk >= 0
-    picked_rk = logits_rv.gather(-1, id_rk.clamp(min=0).expand(len(logits_rv), -1)).masked_fill(~there_rk, -torch.inf)
-    listed_r = picked_rk.logsumexp(-1) if id_rk.shape[1] > 1 else picked_rk[:, 0]
-    if not bool(not_r.any()):
-        return listed_r
-    place_rk = torch.where(there_rk, id_rk, id_rk[:, :1]).expand(len(logits_rv), -1)
-    others_r = logits_rv.scatter(-1, place_rk, -torch.inf).logsumexp(-1)
-    return torch.where(not_r, others_r, listed_r)
 
 
 def spread_indices(count: int, most: int) -> Tensor:

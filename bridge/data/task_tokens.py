@@ -14,7 +14,7 @@ are moved to the answers, one by one, until some do not. The tokens that all spe
 tokens after them are those of the answer and of the wrong answer. The pair is dropped if these sets overlap or one is missing, if
 they are not the same after the counterfactual, or if its two members are not equally long.
 
-Shape legend: b pair (row), t token, k token ids of an answer, v vocabulary.
+Shape legend: b pair (row), r row of logits, t token, k token ids of an answer, v vocabulary.
 """
 
 from __future__ import annotations
@@ -117,9 +117,7 @@ class TokenPairs:
     def difference(self, logits_bv: Tensor) -> Tensor:
         """Return the logit difference of each prompt: the log-odds of the answer against the wrong one."""
         logits_bv = logits_bv.float()
-        return _log_sum_exp(logits_bv, self.answer_bk, self.answer_not_b) - _log_sum_exp(
-            logits_bv, self.wrong_bk, self.wrong_not_b
-        )
+        return log_sum(logits_bv, self.answer_bk, self.answer_not_b) - log_sum(logits_bv, self.wrong_bk, self.wrong_not_b)
 
     def loss(self, logits_bv: Tensor) -> Tensor:
         """Return the two-way loss per prompt in nats, loss_b = -log p(answer) / (p(answer) + p(wrong)); chance is log 2."""
@@ -285,15 +283,16 @@ def _pad_rows(rows: Sequence[Sequence[int]], padding: int) -> Tensor:
 # -- scores -------------------------------------------------------------------------------------------------------------
 
 
-def _log_sum_exp(logits_bv: Tensor, ids_bk: Tensor, not_b: Tensor) -> Tensor:
-    """Return the log of the summed exp of the listed tokens' logits, or of all other tokens' logits if not_b."""
-    listed_bk = logits_bv.gather(1, ids_bk.clamp(min=0)).masked_fill(ids_bk < 0, -torch.inf)
-    pooled_b = listed_bk.logsumexp(-1)
-    if not bool(not_b.any()):
-        return pooled_b
-    first_bk = torch.where(ids_bk < 0, ids_bk[:, :1], ids_bk)  # a row lists at least one id
-    others_b = logits_bv.scatter(1, first_bk, -torch.inf).logsumexp(-1)
-    return torch.where(not_b, others_b, pooled_b)
+def log_sum(logits_rv: Tensor, id_rk: Tensor, not_r: Tensor) -> Tensor:
+    """Return the log of the sum of exp over the listed logits, or over all others if not_r; one row of ids serves all rows."""
+    there_rk = id_rk >= 0
+    picked_rk = logits_rv.gather(-1, id_rk.clamp(min=0).expand(len(logits_rv), -1)).masked_fill(~there_rk, -torch.inf)
+    listed_r = picked_rk.logsumexp(-1) if id_rk.shape[1] > 1 else picked_rk[:, 0]
+    if not bool(not_r.any()):
+        return listed_r
+    place_rk = torch.where(there_rk, id_rk, id_rk[:, :1]).expand(len(logits_rv), -1)
+    others_r = logits_rv.scatter(-1, place_rk, -torch.inf).logsumexp(-1)
+    return torch.where(not_r, others_r, listed_r)
 
 
 @torch.no_grad()
