@@ -46,7 +46,7 @@ from bridge.evidence.controls import matched_nodes
 from bridge.evidence.measures import Control, Criterion, Measure, Point
 from bridge.explanations.build import prompt_tokens, question_of, token_of, top_answers
 from bridge.finetunes.grafts import KINDS, Grafts
-from bridge.finetunes.result import ChangedChannel, ChangedEdge, ChangedNode, Diff, PromptDiff, ShiftedEffect, Transplant
+from bridge.finetunes.result import ChangedChannel, ChangedEdge, ChangedNode, Diff, PromptDiff, ShiftedEffect, Status, Transplant
 from bridge.graph.flow import flow_through
 from bridge.models.bridges import CoupledModels
 from bridge.models.circuit import Node, NodeSpace
@@ -225,10 +225,9 @@ def _list_nodes(
     nodes = []
     place_k = changed_f.nonzero().flatten()
     for place in place_k[effect_f[place_k].abs().argsort(descending=True, stable=True)].tolist()[: config.most_nodes]:
-        node, was, now = grafts.space.node(place), float(values[0][place]), float(values[1][place])
-        status = "came" if was == 0 else "went" if now == 0 else "changed"
-        numbers = (was, now, float(grafts.own_f[place]), float(effect_f[place]) / known.change)
-        nodes.append(ChangedNode(*_where(node, known), status, *numbers, float(before_f[place]), float(after_f[place])))
+        was, now, own, before, after = (float(x_f[place]) for x_f in (*values, grafts.own_f, before_f, after_f))
+        where, share = _where(grafts.space.node(place), known), float(effect_f[place]) / known.change
+        nodes.append(ChangedNode(*where, _status(was, now), was, now, own, share, before, after))
     other_f = (after_f - before_f).abs() * ~changed_f[: len(after_f)]
     effects = [
         ShiftedEffect(*_where(masked[0].space.node(place), known), float(before_f[place]), float(after_f[place]))
@@ -236,6 +235,10 @@ def _list_nodes(
         if other_f[place] > 0
     ]
     return tuple(nodes), tuple(effects)
+
+
+def _status(was: float, now: float) -> Status:
+    return "came" if was == 0 else "went" if now == 0 else "changed"
 
 
 def _where(node: Node, known: PromptDiff) -> tuple[str, str, int, str]:
@@ -248,7 +251,7 @@ def _changed_edges(
 ) -> tuple[ChangedEdge, ...]:
     """Return the changed weights into changed nodes that have an effect, largest effects first; sources at 0 have none."""
     flows = [flow_through(one, torch.ones_like(one.is_error_f)) for one in masked]
-    theirs, found = flows[1], list[tuple[float, Node, Node, float, float]]()
+    theirs, found = flows[1], list[ChangedEdge]()
     changed = grafts.space.split(changed_f)
     for layer in range(len(tuned.sparse.blocks)):
         for name, (source, target) in tuned.sparse.matrices.items():
@@ -260,14 +263,12 @@ def _changed_edges(
             most = effect_ki.flatten().abs().topk(min(config.most_edges, effect_ki.numel())).indices
             for k, i in ((at // effect_ki.shape[1], at % effect_ki.shape[1]) for at in most.tolist()):
                 position, j = int(position_k[k]), int(node_k[k])
-                ends = Node(from_at, i, None if name == "o" else position), Node(to_at, j, position)
+                from_node, to_node = Node(from_at, i, None if name == "o" else position), Node(to_at, j, position)
+                was, now = float(was_ji[j, i]), float(now_ji[j, i])
                 if effect := float(effect_ki[k, i]):
-                    found.append((effect, *ends, float(was_ji[j, i]), float(now_ji[j, i])))
-    found.sort(key=lambda each: -abs(each[0]))
-    return tuple(
-        ChangedEdge(str(source), str(target), "came" if was == 0 else "went" if now == 0 else "changed", was, now, effect)
-        for effect, source, target, was, now in found[: config.most_edges]
-    )
+                    found.append(ChangedEdge(str(from_node), str(to_node), _status(was, now), was, now, effect))
+    found.sort(key=lambda edge: -abs(edge.effect))
+    return tuple(found[: config.most_edges])
 
 
 # -- the transplant -----------------------------------------------------------------------------------------------------------
@@ -352,19 +353,17 @@ def _measure(base: CoupledModels, changed: Sequence[PromptDiff], config: DiffCon
     name, criterion = "transplanted share of the change of d", Criterion(">=", config.share, True, config.control)
     if not changed:
         return Measure("transplant", name, None, criterion, note=f"no prompt's d changes by {config.least:g} nats or more")
-    change_b = np.array([each.change for each in changed])
+    weight_b = np.array([each.change for each in changed]) ** 2
     made = [each.transplant for each in changed if each.transplant is not None]
 
     def share(of_b: Sequence[float]) -> float:
-        return float((np.array(of_b) * change_b**2).sum() / (change_b**2).sum())
+        return float((np.array(of_b) * weight_b).sum() / weight_b.sum())
 
     def drawn(kind: str) -> list[float]:
         return [share([getattr(each, kind)[draw] for each in made]) for draw in range(config.draws)]
 
     own_b = np.array([each.share for each in made])
-    bounds = bootstrap_interval(
-        lambda pick_kb: (own_b * change_b**2)[pick_kb].sum(1) / (change_b**2)[pick_kb].sum(1), len(own_b), seed
-    )
+    bounds = bootstrap_interval(lambda pick_kb: (own_b * weight_b)[pick_kb].sum(1) / weight_b[pick_kb].sum(1), len(own_b), seed)
     displaced, kinds = drawn("displaced"), (*base.dense.sublayers, "unembed")
     points = tuple(
         Point(f"site {site} ({kinds[site]})", {
