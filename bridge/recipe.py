@@ -21,12 +21,12 @@ from bridge.errors import UserError
 MAX_SEED = 2**32 - 1  # the largest seed that numpy accepts
 
 
-def unencodable_character(text: str) -> str | None:
-    """Return the first character that UTF-8 cannot encode (half of a surrogate pair, or an undecoded byte) as code; or None."""
+def encoding_fault(text: str) -> str | None:
+    """Return the fault of a text that UTF-8 cannot encode (half of a surrogate pair, an undecoded byte), as a rule; or None."""
     try:
         text.encode()
     except UnicodeEncodeError as error:
-        return repr(text[error.start])
+        return f"has {text[error.start]!r}, which is not a character of UTF-8 text"
     return None
 
 

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from bridge.errors import UserError, first_line
-from bridge.recipe import unencodable_character
+from bridge.recipe import encoding_fault
 
 TEXT_SUFFIXES = (".txt", ".md", ".rst", ".py")
 COLUMN_SUFFIXES = (".parquet", ".arrow")
@@ -209,8 +209,8 @@ def _no_column_error(found: Iterable[Any], where: str) -> DataError:
 
 
 def _check_text(text: str, where: str) -> str:
-    if wrong := unencodable_character(text):
-        raise DataError(f"data {where!r}", f"has {wrong}, which is not a character of UTF-8 text", "remove it")
+    if fault := encoding_fault(text):
+        raise DataError(f"data {where!r}", fault, "remove it")
     return text
 
 

@@ -24,7 +24,7 @@ from bridge.data.task_templates import EARLIER, LATER, POOLS, POOLS_BY_LETTER, T
 from bridge.data.tasks_english import ENGLISH
 from bridge.data.tasks_python import PYTHON
 from bridge.errors import UserError
-from bridge.recipe import unencodable_character
+from bridge.recipe import encoding_fault
 
 Split = Literal["train", "validation", "test"]
 SPLITS: tuple[Split, ...] = ("train", "validation", "test")
@@ -357,8 +357,8 @@ def _text(value: Any, key: str, where: str) -> str:
         raise TaskError(f"{where}: {key}", f"has {_shorten(value)}, which is not text", "put it in quotes")
     if not value:
         raise TaskError(f"{where}: {key}", "has an empty text", "write the text")
-    if wrong := unencodable_character(value):
-        raise TaskError(f"{where}: {key}", f"has {wrong}, which is not a character of UTF-8 text", "write the whole character")
+    if fault := encoding_fault(value):
+        raise TaskError(f"{where}: {key}", fault, "write the whole character")
     return value
 
 

@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from bridge.errors import UserError, first_line, reraise_as
 from bridge.huggingface.gguf_file import find_gguf
-from bridge.recipe import unencodable_character
+from bridge.recipe import encoding_fault
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -125,8 +125,8 @@ class Prompts:
     def read(self, prompt: str, context: int) -> list[int]:
         """Return a prompt's tokens. Raises PromptError if it is empty, longer than `context`, or not readable as text."""
         self.check()
-        if wrong := unencodable_character(prompt):
-            raise PromptError("the prompt", f"has {wrong}, which is not a character of UTF-8 text", "give it in UTF-8")
+        if fault := encoding_fault(prompt):
+            raise PromptError("the prompt", fault, "give it in UTF-8")
         remedy = "give the text whose next token is to be explained"
         (body,) = self.bodies([prompt]) if prompt else [[]]
         if self.special.issuperset(body):
@@ -176,9 +176,8 @@ class Prompts:
             token = given if isinstance(given, int) else int(given[1:])
         else:
             self.check()
-            if wrong := unencodable_character(given):
-                rule = f"has {wrong}, which is not a character of UTF-8 text"
-                raise PromptError(f"{role} {given!r}", rule, "give one token in UTF-8")
+            if fault := encoding_fault(given):
+                raise PromptError(f"{role} {given!r}", fault, "give one token in UTF-8")
             token = self._named(given)
             token = self._after_prompt(given, prompt) if token is None else token
             if token is None:  # tokens are printed with Python escapes such as \n: undo these
@@ -283,7 +282,7 @@ class Prompts:
         piece: Any = self._require_tokenizer().convert_ids_to_tokens(token)
         own = self._continuation_text(token)
         for text in dict.fromkeys((own, piece)):
-            if _NUMBER.fullmatch(text) or unencodable_character(text):
+            if _NUMBER.fullmatch(text) or encoding_fault(text):
                 continue
             after = self._tokens_in_contexts(text)
             spelled = not after and text == piece and (text == own or text.isascii())
