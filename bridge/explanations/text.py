@@ -71,10 +71,10 @@ _HOW_TO_READ = (
 def render_answer(answered: Answered, width: int = 100) -> str:
     """Return the first section of `render_text`: the prompt, both models' answers, and the question."""
     agree = "agrees" if answered.agree else "gives another answer by itself"
-    sparse = [f"sparse    {_answers(answered.sparse, count)}  {agree}" for count in range(_ANSWERS, 0, -1)]
+    sparse = [f"sparse    {answers_text(answered.sparse, count)}  {agree}" for count in range(_ANSWERS, 0, -1)]
     lines = [
         *_wrap("prompt    ", f"{answered.prompt!r}  ({len(answered.tokens)} tokens)", width),
-        f"dense     {_answers(answered.dense)}",
+        f"dense     {answers_text(answered.dense)}",
         next((line for line in sparse if len(line) <= width), sparse[-1]),
         *_wrap("question  ", f"{question(answered)}: {_span(answered)}", width),
     ]
@@ -96,7 +96,8 @@ def _span(answered: Answered) -> str:
     )
 
 
-def _answers(answers: tuple[Answer, ...], count: int = _ANSWERS) -> str:
+def answers_text(answers: tuple[Answer, ...], count: int = _ANSWERS) -> str:
+    """Return the first of a model's answers with their probabilities."""
     return "  ".join(f"{each.token.text!r} {each.probability:.1%}" for each in answers[:count])
 
 
@@ -310,7 +311,7 @@ def render_html(explanation: Explained) -> str:
     return display.card(
         question(explanation),
         "".join(display.token(each.text, effect / most) for each, effect in zip(explanation.tokens, effects, strict=True)),
-        display.text(f"dense {_answers(explanation.dense)}; sparse {_answers(explanation.sparse)}"),
+        display.text(f"dense {answers_text(explanation.dense)}; sparse {answers_text(explanation.sparse)}"),
         f"{display.verdict(report.verdict)} {display.text(' '.join(report.reasons))}",
         display.fold("everything, as text", display.listing(render_text(explanation))),
     )

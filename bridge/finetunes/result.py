@@ -9,6 +9,7 @@ from typing import Any, Literal
 from bridge.display.columns import columns
 from bridge.evidence.measures import Measure, evidence_table
 from bridge.explanations.parts import Answer, Token
+from bridge.explanations.text import answers_text
 
 FORMAT = 1
 Status = Literal["came", "went", "changed"]
@@ -182,16 +183,12 @@ def _summary_sentence(diff: Diff) -> str:
             )
 
 
-def _answers(answers: tuple[Answer, ...]) -> str:
-    return "  ".join(f"{answer.token.text!r} {answer.probability:.1%}" for answer in answers[:4])
-
-
 def _prompt_lines(one: PromptDiff, least: float, width: int) -> list[str]:
     why = "at all" if one.contrast is None else f"rather than {one.contrast.text!r}"
     lines = [
         f"prompt    {one.prompt!r}  ({len(one.tokens)} tokens)",
-        f"base      {_answers(one.base_answers)}",
-        f"tuned     {_answers(one.tuned_answers)}",
+        f"base      {answers_text(one.base_answers)}",
+        f"tuned     {answers_text(one.tuned_answers)}",
         f"question  why {one.answer.text!r} (#{one.answer.id}) {why}: d {one.base_d:+.2f} in the base, {one.tuned_d:+.2f} in the "
         "fine-tuned model",
         f"change    {one.change:+.2f} nats (the sparse models alone: {one.tuned_sparse_d - one.base_sparse_d:+.2f})",
