@@ -166,14 +166,11 @@ def mean_sizes(sparse: Sequence[Size], dense: Sequence[Size], failed: int, whole
     """Geometric means of circuit sizes, `failed` more tasks at the whole models'; dense ones are None if some are missing."""
     every = [*sparse, *[whole] * failed]
     other = [*dense, *[dense_whole] * failed] if dense_whole is not None and len(dense) == len(sparse) else []
-    return Sizes(
-        len(every),
-        failed,
-        geometric_mean([size.nodes for size in every]),
-        geometric_mean([size.edges for size in every]),
-        geometric_mean([size.nodes for size in other]) if other else None,
-        geometric_mean([size.edges for size in other]) if other else None,
-    )
+
+    def means(sizes: Sequence[Size]) -> tuple[float, float]:
+        return geometric_mean([size.nodes for size in sizes]), geometric_mean([size.edges for size in sizes])
+
+    return Sizes(len(every), failed, *means(every), *(means(other) if other else (None, None)))
 
 
 def render_comparison(comparison: Comparison) -> str:
