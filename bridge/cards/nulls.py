@@ -26,7 +26,7 @@ from bridge.data.task_tokens import Resolved, TokenPairs, score
 from bridge.display.progress import OnProgress, with_prefix
 from bridge.models.bridges import CoupledModels
 from bridge.models.store import read_json
-from bridge.studies.result import TaskResult
+from bridge.studies.result import NULL_DESCRIPTIONS, TaskResult
 from bridge.studies.search import Subjects, random_labels, search_task
 from bridge.verdicts.null_couplings import NULL_NAMES, null_coupling
 from bridge.verdicts.null_table import NullTask, TaskNull, keep_nulls, stored_task_nulls
@@ -37,7 +37,7 @@ DESCRIPTIONS: Mapping[str, str] = {
     "uncoupled": "a sparse model trained on text and the dense model's answers alone, bridges to it by ridge regression",
     "bridges": "the sparse channels of every bridge in a random order (prediction uses no bridge)",
     "weights": "the sparse model's matrices with their entries permuted, bridges fitted to it by ridge regression",
-    "labels": "every answer token replaced by one drawn at random, the same one everywhere",
+    "labels": NULL_DESCRIPTIONS["labels"],
 }
 
 
