@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from bridge.circuits.error_nodes import Followed, error_locations, follow_dense, reference_means, reference_rows
+from bridge.circuits.error_nodes import Followed, error_locations, follow_dense, reference_means
 from bridge.circuits.loss import CircuitLoss, SearchConfig
 from bridge.circuits.masked_model import MaskedModel
 from bridge.circuits.question import Question
@@ -61,7 +61,7 @@ class TaskCircuit:
             )
         kept, means = dict(circuit.kept), dict(circuit.means)
         if facts.explains == "dense" and coupling.reference_bt is not None:
-            of_text = reference_means(coupling, reference_rows(coupling, coupling.reference_bt))
+            of_text = reference_means(coupling, coupling.reference_bt)
             for at in error_locations(coupling.n_sites):
                 kept[at], means[at] = torch.tensor([[Node(at, 0).name in facts.errors]]), of_text[at]
         return TaskCircuit(facts.task, kept, means, result.report.verdict, result.report["stable"].passed)

@@ -86,8 +86,9 @@ def reference_rows(coupling: CoupledModels, reference_bt: Tensor) -> Tensor:
     return reference_bt[: max(1, REFERENCE_TOKENS // reference_bt.shape[1])].to(coupling.sparse.device)
 
 
-def reference_means(coupling: CoupledModels, used_bt: Tensor) -> dict[Location, Tensor]:
-    """Return the means of every node and every error over some text, stored with the coupling and in its folder."""
+def reference_means(coupling: CoupledModels, reference_bt: Tensor) -> dict[Location, Tensor]:
+    """Return the means of every node and every error over the text's first rows, stored with the coupling and in its folder."""
+    used_bt = reference_rows(coupling, reference_bt)
 
     def compute() -> dict[Location, Tensor]:
         return {**corpus_means(coupling.sparse, used_bt), **error_means(coupling, used_bt)}

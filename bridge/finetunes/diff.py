@@ -34,7 +34,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bridge.circuits.error_nodes import Followed, follow_dense, reference_means, reference_rows
+from bridge.circuits.error_nodes import Followed, follow_dense, reference_means
 from bridge.circuits.loss import CircuitLoss, SearchConfig
 from bridge.circuits.masked_model import MaskedModel, integrated_gradients
 from bridge.circuits.question import Question
@@ -205,9 +205,7 @@ def _masked_model(coupling: CoupledModels, question: Question, followed: Followe
     """Return the sparse model of a coupling with means over the base's reference text."""
     if base.reference_bt is None:
         raise DiffError("the base coupling", "holds no reference text to take means over", "fit it again")
-    return MaskedModel(
-        coupling.sparse, question, reference_means(coupling, reference_rows(base, base.reference_bt)), followed.errors
-    )
+    return MaskedModel(coupling.sparse, question, reference_means(coupling, base.reference_bt), followed.errors)
 
 
 def _list_nodes(

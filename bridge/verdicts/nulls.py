@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from bridge.circuits.error_nodes import follow_dense, reference_means, reference_rows
+from bridge.circuits.error_nodes import follow_dense, reference_means
 from bridge.circuits.loss import CircuitLoss, SearchConfig
 from bridge.circuits.masked_model import MaskedModel
 from bridge.circuits.question import Question
@@ -38,7 +38,7 @@ Means = dict[Location, Tensor]
 def prompt_means(coupling: CoupledModels) -> Means:
     """Return the means of all nodes and errors over the coupling's reference text, which must exist; kept with the coupling."""
     assert coupling.reference_bt is not None
-    return reference_means(coupling, reference_rows(coupling, coupling.reference_bt))
+    return reference_means(coupling, coupling.reference_bt)
 
 
 def cut_prompts(coupling: CoupledModels, count: int, seed: int = 0) -> list[Tensor]:
