@@ -310,3 +310,10 @@ def integrated_gradients(
     for some_r1 in alpha_r1.split(masked.rows_per_batch):
         total_f += gradient(fixed_f + some_r1 * over_f).sum(0)
     return torch.where(over_f, total_f / alphas, 0)
+
+
+def effects_on_difference(masked: MaskedModel, alphas: int = 4) -> Tensor:
+    """Return score_f: integrated gradients of the question's d for all nodes, in nats; 0 for errors."""
+    return integrated_gradients(
+        masked, lambda mask_rf: masked.gradient(mask_rf, masked.question.difference)[0], ~masked.is_error_f, alphas
+    )

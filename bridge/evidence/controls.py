@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from bridge.circuits.error_nodes import follow_dense
-from bridge.circuits.masked_model import MaskedModel, integrated_gradients
+from bridge.circuits.masked_model import MaskedModel, effects_on_difference
 from bridge.circuits.question import Question
 from bridge.models.bridges import CoupledModels
 from bridge.models.circuit import NodeSpace
@@ -63,12 +63,7 @@ def circuits_of_other_prompts(
         followed = follow_dense(coupling, tokens_t[None])
         question = Question.of_prompt(tokens_t, int(followed.dense_bv[0].argmax()))
         there = MaskedModel(masked.sparse, question, masked.means, followed.errors)
-        score_f = integrated_gradients(
-            there,
-            lambda mask_rf, other_masked=there: other_masked.gradient(mask_rf, other_masked.question.difference)[0],
-            ~there.is_error_f,
-        )
-        other_f[score_f.abs().topk(count).indices] = True
+        other_f[effects_on_difference(there).abs().topk(count).indices] = True
     return other_cf
 
 

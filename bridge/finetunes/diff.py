@@ -36,7 +36,7 @@ from torch import Tensor
 
 from bridge.circuits.error_nodes import Followed, follow_dense, reference_means
 from bridge.circuits.loss import CircuitLoss, SearchConfig
-from bridge.circuits.masked_model import MaskedModel, integrated_gradients
+from bridge.circuits.masked_model import MaskedModel, effects_on_difference
 from bridge.circuits.question import Question
 from bridge.display.progress import OnProgress, Phase, ignore_progress
 from bridge.errors import UserError
@@ -212,12 +212,7 @@ def _list_nodes(
     grafts: Grafts, masked: Sequence[MaskedModel], effect_f: Tensor, changed_f: Tensor, known: PromptDiff, config: DiffConfig
 ) -> tuple[tuple[ChangedNode, ...], tuple[ShiftedEffect, ...]]:
     """Return the changed nodes, largest shares first, and the other nodes whose effects differ most."""
-    before_f, after_f = (
-        integrated_gradients(
-            one, lambda mask_rf, one=one: one.gradient(mask_rf, one.question.difference)[0], ~one.is_error_f, config.alphas
-        )
-        for one in masked
-    )
+    before_f, after_f = (effects_on_difference(one, config.alphas) for one in masked)
     space = NodeSpace(grafts.sparse.locations(), grafts.space.n_tokens)  # nodes only, which come first in every row
     values = [space.join({at: x_btn[0] for at, x_btn in values.items()}) for values in (grafts.before, grafts.after)]
     nodes = []
