@@ -321,21 +321,15 @@ def gain_by_site(transporter: Transporter, grafts: Grafts, added_rf: Tensor) -> 
 
 def changes_at_other_nodes(grafts: Grafts, changed_f: Tensor, other_f: Tensor) -> Tensor:
     """Return added_f: the changed nodes' changes at other nodes of the same location and position; the surplus is dropped."""
-    added = torch.zeros_like(grafts.own_f)
-    places = [_indices_by_place(grafts, mask_f) for mask_f in (changed_f, other_f)]
-    for place, node_k in places[0].items():
-        other_k = places[1].get(place, [])
-        for node, other in zip(node_k, other_k, strict=False):
-            added[other] = grafts.own_f[node]
-    return added
-
-
-def _indices_by_place(grafts: Grafts, mask_f: Tensor) -> dict[tuple[Location, int | None], list[int]]:
-    found = defaultdict[tuple[Location, int | None], list[int]](list)
-    for place in mask_f.nonzero().flatten().tolist():
-        node = grafts.space.node(place)
-        found[node.location, node.position].append(place)
-    return found
+    added_f = torch.zeros_like(grafts.own_f)
+    place_f = torch.arange(len(added_f), device=added_f.device)
+    parts = [grafts.space.split(x_f) for x_f in (place_f, changed_f, other_f)]
+    for at in grafts.own:
+        for place_n, changed_n, other_n in zip(*(part[at] for part in parts), strict=True):  # at each token
+            node_k, other_k = place_n[changed_n], place_n[other_n]
+            count = min(len(node_k), len(other_k))
+            added_f[other_k[:count]] = grafts.own_f[node_k[:count]]
+    return added_f
 
 
 # -- all prompts --------------------------------------------------------------------------------------------------------------
