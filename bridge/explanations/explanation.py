@@ -9,7 +9,7 @@ d is the question's log-odds in nats: of the answer against all other tokens, or
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from bridge.explanations.parts import Explained
 from bridge.explanations.text import render_html, render_text
 from bridge.models.bridges import CoupledModels
 from bridge.models.schema import ERROR, NODE_KINDS
-from bridge.models.store import CheckpointError, read_json, refuse_unreadable
+from bridge.models.store import CheckpointError, as_json, read_json, refuse_unreadable
 from bridge.nodes.statistics import sparse_fingerprint
 
 FORMAT = 3  # of the JSON (docs/explanation-json.md); increased if a field is removed or changes its meaning, not if one is added
@@ -36,7 +36,7 @@ class Explanation(Explained):
 
     def to_json(self) -> dict[str, Any]:
         """Return the explanation and its verdict as plain JSON values, as docs/explanation-json.md specifies."""
-        values = json.loads(json.dumps(asdict(self), allow_nan=False))
+        values = as_json(self)
         values["report"] |= {"verdict": self.report.verdict, "reasons": list(self.report.reasons)}
         for measure, written in zip(self.report.measures, values["report"]["measures"], strict=True):
             written["passed"] = measure.passed

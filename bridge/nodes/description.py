@@ -26,11 +26,10 @@ Shape legend: n nodes of a location, s sparse width, d dense width, v vocabulary
 
 from __future__ import annotations
 
-import json
 import textwrap
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -42,6 +41,7 @@ from bridge.models.circuit import EMBEDDING, Node
 from bridge.models.schema import GATE, KEY_KINDS, READ_KINDS, WRITE_KINDS
 from bridge.models.span import SparseSpan
 from bridge.models.sparse import Location
+from bridge.models.store import as_json
 from bridge.nodes.statistics import Context, NodeFacts, stored_facts
 
 TOKENS = 6  # number of promoted, demoted or embedded tokens that are listed
@@ -117,7 +117,7 @@ class NodePage:
 
     def to_json(self) -> dict[str, Any]:
         """Return the page as plain JSON values."""
-        return json.loads(json.dumps(asdict(self), allow_nan=False))
+        return as_json(self)
 
     def __str__(self) -> str:
         return render_page(self)
