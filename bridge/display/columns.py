@@ -1,4 +1,4 @@
-"""Rows of text in columns for a terminal; cells that do not fit are printed below their row."""
+"""Text for a terminal: rows in columns, wrapped and truncated lines."""
 
 from __future__ import annotations
 
@@ -24,5 +24,15 @@ def columns(rows: Sequence[Sequence[str]], width: int) -> list[str]:
         lines.append((" " * GAP).join(f"{cell:<{size}}" for cell, size in zip(row[:fit], sizes, strict=False)).rstrip())
         if row is not heads:
             below = "; ".join(f"{head} {cell}" for head, cell in zip(heads[fit:], row[fit:], strict=True) if cell)
-            lines += textwrap.wrap(below, width, initial_indent=" " * INDENT, subsequent_indent=" " * (INDENT + 2))
+            lines += wrap(" " * INDENT, below, width, " " * (INDENT + 2))
     return lines
+
+
+def wrap(head: str, text: str, width: int, below: str | None = None) -> list[str]:
+    """Return the text wrapped after a head; further lines are indented by its length, or begin with `below`."""
+    return textwrap.wrap(text, width, initial_indent=head, subsequent_indent=" " * len(head) if below is None else below)
+
+
+def truncate(line: str, width: int) -> str:
+    """Return a line of at most `width` characters, the last of which marks what was cut off."""
+    return line if len(line) <= width else f"{line[: width - 1]}\u2026"

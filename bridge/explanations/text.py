@@ -11,11 +11,10 @@ ATTENTION, EVIDENCE, how to read the text, and the explanation's origin
 
 from __future__ import annotations
 
-import textwrap
 from collections.abc import Sequence
 
 from bridge.display import html as display
-from bridge.display.columns import columns
+from bridge.display.columns import columns, truncate, wrap
 from bridge.evidence.measures import evidence_table
 from bridge.evidence.sufficiency import NestedCircuit
 from bridge.explanations.parts import Answer, Answered, Explained, ExplainedEdge, ExplainedGroup
@@ -46,14 +45,14 @@ def render_text(explanation: Explained, width: int = 100, *, answer: bool = True
     drawn = (_path(explanation, width), _groups(explanation, width), _nodes(explanation, width), _attention(explanation, width))
     parts = (
         *((render_answer(explanation, width).split("\n"),) if answer else ()),
-        _wrap("VERDICT   ", f"{report.verdict.upper()}. {' '.join(report.reasons)}", width),
+        wrap("VERDICT   ", f"{report.verdict.upper()}. {' '.join(report.reasons)}", width),
         _circuits(explanation, width),
-        *(drawn if explanation.counts.nodes else (_wrap("PATH      ", "Nothing is drawn: no circuit was searched.", width),)),
+        *(drawn if explanation.counts.nodes else (wrap("PATH      ", "Nothing is drawn: no circuit was searched.", width),)),
         evidence_table(report.measures, width),
-        textwrap.wrap(_HOW_TO_READ, width),
-        textwrap.wrap(made, width),
+        wrap("", _HOW_TO_READ, width),
+        wrap("", made, width),
     )
-    return "\n".join(_truncate(line, width) for part in parts for line in (*part, "")).rstrip()
+    return "\n".join(truncate(line, width) for part in parts for line in (*part, "")).rstrip()
 
 
 _HOW_TO_READ = (
@@ -73,12 +72,12 @@ def render_answer(answered: Answered, width: int = 100) -> str:
     agree = "agrees" if answered.agree else "gives another answer by itself"
     sparse = [f"sparse    {answers_text(answered.sparse, count)}  {agree}" for count in range(_ANSWERS, 0, -1)]
     lines = [
-        *_wrap("prompt    ", f"{answered.prompt!r}  ({len(answered.tokens)} tokens)", width),
+        *wrap("prompt    ", f"{answered.prompt!r}  ({len(answered.tokens)} tokens)", width),
         f"dense     {answers_text(answered.dense)}",
         next((line for line in sparse if len(line) <= width), sparse[-1]),
-        *_wrap("question  ", f"{question(answered)}: {_span(answered)}", width),
+        *wrap("question  ", f"{question(answered)}: {_span(answered)}", width),
     ]
-    return "\n".join(_truncate(line, width) for line in lines)
+    return "\n".join(truncate(line, width) for line in lines)
 
 
 def question(answered: Answered) -> str:
@@ -126,14 +125,14 @@ def _circuits(explanation: Explained, width: int) -> list[str]:
         f"{1 - share:.0%} of the span flows through nodes, {share:.0%} through errors; replacement "
         f"{explanation.replacement:.2f}, completeness {explanation.completeness:.2f}."
     )
-    lines += _wrap(" " * _HEAD_WIDTH, legend, width)
+    lines += wrap(" " * _HEAD_WIDTH, legend, width)
     if (backup := explanation.backup) is not None:
         strongest = f": {', '.join(backup.strongest)}" if backup.strongest else ""
         what = (
             f"When this circuit is ablated, {backup.left:.2f} of the span is left, more than {explanation.config.left:g}: "
             f"{backup.nodes:,} other nodes back it up{strongest}."
         )
-        lines += _wrap(" " * _HEAD_WIDTH, what, width)
+        lines += wrap(" " * _HEAD_WIDTH, what, width)
     return lines
 
 
@@ -160,7 +159,7 @@ def _path(explanation: Explained, width: int) -> list[str]:
                 words.append(_describe_end(explanation, each))
             else:
                 words.append(f"[{group.id}: {_describe_group(group, group.label or group.name)}]")
-        lines += _wrap(" " * _HEAD_WIDTH if lines else "PATH      ", " -> ".join(words), width)
+        lines += wrap(" " * _HEAD_WIDTH if lines else "PATH      ", " -> ".join(words), width)
     return lines or ["PATH      No group adds anything to the answer."]
 
 
@@ -188,7 +187,7 @@ def _groups(explanation: Explained, width: int) -> list[str]:
     )
     if (correlation := explanation.group_correlation) is not None:
         head += f" The two models agree on them by a correlation of {correlation:.2f}."
-    lines = [*_wrap("GROUPS    ", head, width)]
+    lines = wrap("GROUPS    ", head, width)
     lines += [f"{'':8}{'group':<6}{'circuit':>7}{'sparse':>7}{'dense':>7}   what it is"] if shown else []
     for group in explanation.groups:
         if group.id in shown:
@@ -203,7 +202,7 @@ def _group(explanation: Explained, group: ExplainedGroup, width: int) -> list[st
     numbers = "".join(f"{'-' if effect is None else f'{effect:+.2f}':>7}" for effect in effects)
     head = f"{'':8}{f'[{group.id}]':<6}{numbers}   "
     what = f"{_describe_group(group, group.name)}{f': {group.label}' if group.label else ''}"
-    lines = _wrap(head, what, width, " " * _GROUP_COLUMN)
+    lines = wrap(head, what, width, " " * _GROUP_COLUMN)
     own = f"group:{group.id}"
     for word, end, this in (("from", "source", "target"), ("to", "target", "source")):
         joined = [edge for edge in explanation.group_edges if getattr(edge, this) == own and abs(edge.effect) >= _MIN_EDGE_NATS]
@@ -244,7 +243,7 @@ def _nodes(explanation: Explained, width: int) -> list[str]:
             group = "" if node.group is None else f"[{node.group}]"
             head = f"        {names[node.id]:<{longest}}  {group:<5}{value:>8}{node.mean:>+9.2f}{node.effect or 0:>+9.2f}   "
             lines += _wrap_list(head, arrows, width) if arrows else [head.rstrip()]
-            lines += textwrap.wrap(node.label, width, initial_indent=" " * 12, subsequent_indent=" " * 12) if node.label else []
+            lines += wrap(" " * 12, node.label, width) if node.label else []
     last = len(explanation.tokens) - 1
     answer = [_describe_input(edge, last) for edge in explanation.edges if edge.kind in ("unembedding", "bigram")]
     lines += _wrap_list("        d from ", answer[:8], width) if answer else []
@@ -264,7 +263,7 @@ def _attention(explanation: Explained, width: int) -> list[str]:
     left = explanation.attention_left_out + max(0, len(explanation.attention) - LISTED_HEADS)
     head = "The loss of d when a head's nodes are ablated at a token: pattern and values; its pattern alone; its values alone."
     lines = [
-        *_wrap("ATTENTION ", f"{head} {left:,} more heads at tokens have an effect.", width),
+        *wrap("ATTENTION ", f"{head} {left:,} more heads at tokens have an effect.", width),
         "        head         effect  pattern   values   sink   reads",
     ]
     for head in explanation.attention[:LISTED_HEADS]:
@@ -278,25 +277,17 @@ def _attention(explanation: Explained, width: int) -> list[str]:
                 f"{term.node.partition('.')[2].partition('@')[0]} {term.effect:+.2f}" for term in read.moved[:3] if term.effect
             )
             text = f"@{read.position} by {why or 'no channel'}; moves {values or 'no node of the circuit'}"
-            lines += textwrap.wrap(text, width, initial_indent=" " * 12, subsequent_indent=" " * 14)
+            lines += wrap(" " * 12, text, width, " " * 14)
     return lines
 
 
 # -- lines --------------------------------------------------------------------------------------------------------------------
 
 
-def _wrap(head: str, text: str, width: int, below: str | None = None) -> list[str]:
-    return textwrap.wrap(text, width, initial_indent=head, subsequent_indent=" " * len(head) if below is None else below)
-
-
 def _wrap_list(head: str, parts: Sequence[str], width: int, below: str | None = None) -> list[str]:
     """Return the parts separated by commas and wrapped, with no line break inside a part."""
     marked = ", ".join(part.replace(" ", "\u00a0") for part in parts)
-    return [line.replace("\u00a0", " ") for line in _wrap(head, marked, width, below)]
-
-
-def _truncate(line: str, width: int) -> str:
-    return line if len(line) <= width else line[: width - 1] + "\u2026"
+    return [line.replace("\u00a0", " ") for line in wrap(head, marked, width, below)]
 
 
 # -- in a notebook ------------------------------------------------------------------------------------------------------------

@@ -26,7 +26,6 @@ Shape legend: n nodes of a location, s sparse width, d dense width, v vocabulary
 
 from __future__ import annotations
 
-import textwrap
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -35,6 +34,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bridge.display.columns import wrap
 from bridge.huggingface.prompts import Prompts
 from bridge.models.bridges import CoupledModels
 from bridge.models.circuit import EMBEDDING, Node
@@ -360,9 +360,9 @@ def _excerpt(prompts: Prompts, tokens_bt: Tensor, context: Context) -> Excerpt:
 def render_page(page: NodePage, width: int = 100, description: str | None = None) -> str:
     """Return a node's page for a terminal of `width` columns; text from models, corpora and endpoints is escaped as in Python."""
     head = "" if page.head is None else f"  (head {page.head})"
-    lines = [f"{page.name}{head}", *_wrapped("what      ", page.summary, width)]
+    lines = [f"{page.name}{head}", *wrap("what      ", page.summary, width)]
     if description is not None:
-        lines += _wrapped("described ", repr(description), width)
+        lines += wrap("described ", repr(description), width)
     lines.append(f"values    mean {page.mean:+.3g}, deviation {page.deviation:.3g}, nonzero at {page.active:.1%} of tokens")
     for name, excerpts in (("highest", page.high), ("lowest", page.low), ("quantiles", page.quantiles)):
         for place, excerpt in enumerate(excerpts):
@@ -407,7 +407,3 @@ def _listed(head: str, items: list[str], width: int) -> list[str]:
             lines.append(" " * 10)
         lines[-1] += item if len(lines[-1]) <= len(head) else f"  {item}"
     return lines
-
-
-def _wrapped(head: str, text: str, width: int) -> list[str]:
-    return textwrap.wrap(text, width, initial_indent=head, subsequent_indent=" " * 10) or [head.rstrip()]

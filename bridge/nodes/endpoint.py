@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from bridge.display.columns import truncate
 from bridge.errors import UserError, reraise_as
 from bridge.models.store import CheckpointError, read_json, write_json
 from bridge.nodes.description import NodePage, render_page
@@ -76,7 +77,7 @@ class Endpoint:
         line = " ".join(content.split()) if isinstance(content, str) else ""
         if not line:
             raise self._failed("the answer is empty", "try another model")
-        return line if len(line) <= LONGEST else f"{line[: LONGEST - 1]}\u2026"
+        return truncate(line, LONGEST)
 
     def _failed(self, why: str, remedy: str) -> EndpointError:
         host = urllib.parse.urlsplit(self.url).hostname

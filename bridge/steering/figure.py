@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from bridge.display.columns import columns
+from bridge.display.columns import columns, truncate, wrap
 from bridge.display.plots import draw_figure, svg
 from bridge.steering.curves import Spread, Steering
 
@@ -87,7 +86,7 @@ def render_steering(steering: Steering, width: int = 100) -> str:
     low, high = min(steering.norms), max(steering.norms)
     norms = f"{low:.2f} to {high:.2f}" if len(steering.norms) > 1 else f"{low:.2f}"
     changed = f"{_describe_change(steering)}; norm {norms} times the residual's"
-    lines += textwrap.wrap(f"changed         {changed}", width, subsequent_indent=" " * 16)
+    lines += wrap("changed         ", changed, width)
     for each in steering.changed[: _SHOWN if steering.n_changed > _SHOWN else None]:
         lines.append(f"                {each.node}@{each.position}  {each.before:+.2f} -> {each.after:+.2f}")
     if steering.n_changed > _SHOWN:
@@ -110,4 +109,4 @@ def render_steering(steering: Steering, width: int = 100) -> str:
     written = [each for each in steering.curve if each.text is not None]
     lines += [""] if written else []
     lines += [f"text at strength {each.strength:g}:  {each.text!r}" for each in written]
-    return "\n".join(line if len(line) <= width else f"{line[: width - 1]}\u2026" for line in lines)
+    return "\n".join(truncate(line, width) for line in lines)
