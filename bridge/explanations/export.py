@@ -23,7 +23,7 @@ from typing import Any, Literal, get_args
 import networkx as nx
 
 from bridge.explanations.explanation import ExplainError, Explanation, check_coupling
-from bridge.explanations.viewer_graph import ExportError, features_json, graph_json, graph_metadata, opening_nodes, parse_end
+from bridge.explanations.viewer_graph import ExportError, features_json, graph_json, graph_metadata, parse_end
 from bridge.models.bridges import CoupledModels
 from bridge.models.schema import ERROR
 from bridge.models.store import CheckpointError, read_json, write_json, write_text
@@ -95,7 +95,7 @@ def node_pages(coupling: CoupledModels, explanation: Explanation) -> dict[str, N
     if facts is None:
         return None
     sizes = coupling.sparse.locations()
-    names = {node.name for node in opening_nodes(explanation) if node.kind != ERROR}
+    names = {node.name for node in explanation.opening_nodes if node.kind != ERROR}
     return {name: describe_node(coupling, facts, parse_node(name, sizes)) for name in names}
 
 
@@ -130,7 +130,7 @@ def to_networkx(explanation: Explanation) -> nx.DiGraph:
     )
     if explanation.contrast is not None:
         graph.graph["contrast"] = json.dumps(explanation.contrast.text)
-    for node in opening_nodes(explanation):
+    for node in explanation.opening_nodes:
         known = {"activation": node.activation, "mean": node.mean, "effect": node.effect}
         label = {} if node.label is None else {"label": json.dumps(node.label)}
         names = None if node.group is None else explanation.groups[node.group]
@@ -188,7 +188,7 @@ def _write_local(explanation: Explanation, folder: Path, slug: str, pages: Mappi
 def _write_neuronpedia(
     explanation: Explanation, file: Path, slug: str, scan: str, features_url: str | None, pages: Mapping[str, NodePage]
 ) -> Exported:
-    if all(node.layer == 0 for node in opening_nodes(explanation) if node.kind != ERROR):
+    if all(node.layer == 0 for node in explanation.opening_nodes if node.kind != ERROR):
         raise ExportError(
             "no node", "is above block 0, and Neuronpedia does not open such a graph", "export ‹to› circuit-tracer or graphml"
         )

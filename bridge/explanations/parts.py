@@ -215,3 +215,8 @@ class Explained(Answered):
     def circuit(self) -> NestedCircuit:
         """The nested circuit that is drawn."""
         return self.nested[self.opening]
+
+    @property
+    def opening_nodes(self) -> list[ExplainedNode]:
+        """The nodes of the opening circuit with its errors; nodes of larger circuits are listed, but not drawn."""
+        return [node for node in self.nodes if node.level <= self.opening]

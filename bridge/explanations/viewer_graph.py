@@ -62,7 +62,7 @@ def graph_json(explanation: Explanation, slug: str, scan: str, *, rows: int, ext
     asked = (explanation.answer, *(() if explanation.contrast is None else (explanation.contrast,)))
     logits = [f"{answer}_{token.id}_{last}" for token in asked]
     into_answer = list(zip(logits, (0.5, -0.5) if len(logits) == 2 else (1.0,), strict=True))
-    drawn = opening_nodes(explanation)
+    drawn = explanation.opening_nodes
     names = {node.id: _node_id(node, rows, answer) for node in drawn}
     weights: dict[tuple[str, str], float] = defaultdict(float)
     for edge in explanation.edges:
@@ -100,11 +100,6 @@ def graph_json(explanation: Explanation, slug: str, scan: str, *, rows: int, ext
         "nodes": nodes,
         "links": links,
     }
-
-
-def opening_nodes(explanation: Explanation) -> list[ExplainedNode]:
-    """Return the nodes of the opening circuit with its errors; nodes of larger circuits are listed, but not drawn."""
-    return [node for node in explanation.nodes if node.level <= explanation.opening]
 
 
 def _answer_row(explanation: Explanation, rows: int) -> int:
@@ -236,7 +231,7 @@ def features_json(explanation: Explanation, pages: Mapping[str, NodePage], *, ro
     """Return the features of the graph by number: from the channel's page, or from this prompt alone if it has no page."""
     nodes: dict[int, list[ExplainedNode]] = defaultdict(list)
     answer = _answer_row(explanation, rows)
-    for node in opening_nodes(explanation):
+    for node in explanation.opening_nodes:
         if node.kind != ERROR:
             nodes[_feature(*_row_and_index(node, rows, answer))].append(node)
     return {

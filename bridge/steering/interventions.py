@@ -140,8 +140,7 @@ def collect_interventions(
     if explanation is not None:
         read = read_explanation(explanation)
         check_coupling(read, coupling)
-        opened = [node for node in read.nodes if node.level <= read.opening and node.kind != ERROR]
-        interventions += [parse_intervention(node.id, sizes) for node in opened]
+        interventions += [parse_intervention(node.id, sizes) for node in read.opening_nodes if node.kind != ERROR]
         prompt = read.prompt if prompt is None else prompt
     if prompt is None:
         raise SteerError("the prompt", "is missing", "give ‹prompt›, or an ‹explanation› that has one")

@@ -24,7 +24,6 @@ from bridge.explanations.build import explain
 from bridge.explanations.explanation import ExplainError, Explanation
 from bridge.explanations.export import ExportError, export, node_pages, to_networkx
 from bridge.explanations.parts import ExplainedEdge, ExplainedGroup, ExplainedNode, Token
-from bridge.explanations.viewer_graph import opening_nodes
 from bridge.models.bridges import CoupledModels
 from bridge.models.dense import DenseModel, load_dense
 from bridge.models.schema import ERROR
@@ -60,7 +59,7 @@ def explanation(coupled: CoupledModels) -> Explanation:
 def with_error(explanation: Explanation) -> Explanation:
     """The same explanation with an error of the opening circuit, at its last token, and an edge of it."""
     last = len(explanation.tokens) - 1
-    if any(node.kind == ERROR for node in opening_nodes(explanation)):
+    if any(node.kind == ERROR for node in explanation.opening_nodes):
         return explanation
     found = ExplainedNode(f"error[2]@{last}", "error[2]", 2, ERROR, 0, last, 1.5, 0.5, 0.25, explanation.opening, None)
     edge = ExplainedEdge(found.id, f"L2.answer[{explanation.answer.id}]@{last}", "error", 0.25, 0.25)
@@ -69,7 +68,7 @@ def with_error(explanation: Explanation) -> Explanation:
 
 def channels(explanation: Explanation) -> list[ExplainedNode]:
     """The nodes of the opening circuit that are no errors."""
-    return [node for node in opening_nodes(explanation) if node.kind != ERROR]
+    return [node for node in explanation.opening_nodes if node.kind != ERROR]
 
 
 def local(explanation: Explanation, folder: Path, **options: Any) -> dict[str, Any]:
@@ -140,7 +139,7 @@ def test_a_feature_is_a_kind_a_channel_and_a_sign(graph: dict[str, Any], explana
 def test_links_are_the_effects_of_edges(graph: dict[str, Any], explanation: Explanation) -> None:
     shown = zip(of_type(graph, "cross layer transcoder"), channels(explanation), strict=True)
     names = {node.id: each["node_id"] for each, node in shown}
-    errors = [node for node in opening_nodes(explanation) if node.kind == ERROR]
+    errors = [node for node in explanation.opening_nodes if node.kind == ERROR]
     names |= {node.id: each["node_id"] for each, node in zip(of_type(graph, "mlp reconstruction error"), errors, strict=True)}
     ends = {node["node_id"] for node in graph["nodes"]}
     into: dict[str, float] = defaultdict(float)
@@ -187,14 +186,14 @@ def test_against_every_other_token_there_is_one_logit(coupled: CoupledModels, tm
     (shown,) = of_type(graph, "logit")
     assert shown["feature"] == alone.answer.id and alone.contrast is None
     into = sum(link["weight"] for link in graph["links"] if link["target"] == shown["node_id"])
-    drawn = {node.id for node in opening_nodes(alone)}
+    drawn = {node.id for node in alone.opening_nodes}
     assert into == pytest.approx(sum(edge.effect for edge in alone.edges if edge.target not in drawn), abs=1e-5)
     (again,) = of_type(local(replace(alone, dense=alone.dense[1:]), tmp_path), "logit")
     assert again["token_prob"] == pytest.approx(shown["token_prob"], rel=1e-4)  # which follows from d
 
 
 def test_errors_are_error_nodes(graph: dict[str, Any], explanation: Explanation) -> None:
-    errors = [node for node in opening_nodes(explanation) if node.kind == ERROR]
+    errors = [node for node in explanation.opening_nodes if node.kind == ERROR]
     shown = of_type(graph, "mlp reconstruction error")
     assert errors and [(node["ctx_idx"], node["activation"]) for node in shown] == [(e.position, e.activation) for e in errors]
     assert {node["feature"] for node in shown}.isdisjoint(node["feature"] for node in of_type(graph, "cross layer transcoder"))
@@ -220,7 +219,7 @@ def test_influence_is_a_cumulative_share(graph: dict[str, Any], explanation: Exp
     for link in graph["links"]:
         given[link["source"]] += abs(link["weight"])
     tokens = [given[node["node_id"]] for node in of_type(graph, "embedding")]
-    errors = [abs(node.effect or 0) for node in opening_nodes(explanation) if node.kind == ERROR]
+    errors = [abs(node.effect or 0) for node in explanation.opening_nodes if node.kind == ERROR]
     total, most = sum(effects) + sum(errors) + sum(tokens), max(*effects, *errors, *tokens)
     assert min(node["influence"] for node in graph["nodes"] if node["feature_type"] != "logit") == pytest.approx(most / total)
     assert max(shares) == pytest.approx(1)
@@ -374,7 +373,7 @@ def test_graphml_read_back_is_the_explanation(explanation: Explanation, tmp_path
         (source, target, values["kind"], values["weight"], values["effect"])
         for source, target, values in sorted(read.edges(data=True), key=lambda edge: order(explanation)[edge[:2]])
     ]
-    for node in opening_nodes(explanation):
+    for node in explanation.opening_nodes:
         values = read.nodes[node.id]
         assert values["activation"] == node.activation and values.get("effect") == node.effect
         assert (values["layer"], values["kind"], values["index"], values["position"]) == (
@@ -427,9 +426,7 @@ def test_hostile_text_survives_as_text(explanation: Explanation, tmp_path: Path,
     read = nx.read_graphml(tmp_path / "graph.graphml")
     assert same(read, to_networkx(odd))
     assert json.loads(read.graph["prompt"]) == odd.prompt
-    assert [json.loads(read.nodes[node.id]["label"]) for node in opening_nodes(odd)] == [
-        node.label for node in opening_nodes(odd)
-    ]
+    assert [json.loads(read.nodes[node.id]["label"]) for node in odd.opening_nodes] == [node.label for node in odd.opening_nodes]
 
 
 def test_a_circuit_without_nodes_is_a_graph_of_tokens_and_logits(explanation: Explanation, tmp_path: Path) -> None:
