@@ -57,6 +57,11 @@ class Spread:
     low: float
     high: float
 
+    @staticmethod
+    def of(value_r: Tensor) -> Spread:
+        """Return the spread of a probability's values, one for each direction."""
+        return Spread(float(value_r.mean()), float(value_r.min()), float(value_r.max()))
+
 
 @dataclass(frozen=True)
 class StrengthControls:
@@ -114,8 +119,11 @@ def random_directions(change_td: Tensor, draws: int, generator: torch.Generator)
 def steered_logits(
     coupling: CoupledModels, tokens_t: Tensor, plain: Trace, changes: Mapping[int, Tensor], strengths: Sequence[float]
 ) -> Tensor:
-    """Return logits_rkv at a prompt's last position, for each draw of change_rtd (given by site) and each strength."""
+    """Return logits_rkv at a prompt's last position, for each draw of change_rtd (given by site): plain, and at each strength."""
     draws = len(next(iter(changes.values())))
+    plain_r1v = plain.logits_btv[:, -1:].float().expand(draws, -1, -1)
+    if not strengths:
+        return plain_r1v
     strength_k = torch.tensor(strengths, device=tokens_t.device)
     rows = max(1, _BATCH_TOKENS // len(tokens_t))
     place_b = torch.arange(draws * len(strengths), device=tokens_t.device)
@@ -125,7 +133,7 @@ def steered_logits(
         added = {site: change_rtd[draw_b] * scale_b[:, None, None] for site, change_rtd in changes.items()}
         trace = run_patched(coupling, tokens_t.expand(len(some_b), -1), plain, added)
         found.append(trace.logits_btv[:, -1].float())
-    return torch.cat(found).unflatten(0, (draws, len(strengths)))
+    return torch.cat([plain_r1v, torch.cat(found).unflatten(0, (draws, len(strengths)))], 1)
 
 
 def check_strengths(strengths: Sequence[float]) -> tuple[float, ...]:
@@ -186,18 +194,13 @@ def steer(
     above = strengths[1:]
     generator = torch.Generator().manual_seed(seed)
     random = {site: random_directions(change_1td[0], draws, generator) for site, change_1td in changes.items()}
-    logits_kv, random_rk2 = plain_v[None], _pair_of(plain_v[None, None].expand(draws, 1, -1), pair)
-    if above:
-        logits_kv = torch.cat([logits_kv, steered_logits(coupling, tokens_t, plain, changes, above)[0]])
-        random_rk2 = torch.cat([random_rk2, _pair_of(steered_logits(coupling, tokens_t, plain, random, above), pair)], 1)
+    logits_kv = steered_logits(coupling, tokens_t, plain, changes, above)[0]
+    random_rk2 = _pair_of(steered_logits(coupling, tokens_t, plain, random, above), pair)
     every_k2 = None
     if other_t is not None and not whole:
-        every_k2 = _pair_of(plain_v[None], pair)
-        if above:
-            every = Steerer(coupling, tokens_t, intervene_on_every_node(sizes), other_t, site=site).residual_changes(
-                tokens_t[None]
-            )
-            every_k2 = torch.cat([every_k2, _pair_of(steered_logits(coupling, tokens_t, plain, every, above)[0], pair)])
+        every_steerer = Steerer(coupling, tokens_t, intervene_on_every_node(sizes), other_t, site=site)
+        every = every_steerer.residual_changes(tokens_t[None])
+        every_k2 = _pair_of(steered_logits(coupling, tokens_t, plain, every, above)[0], pair)
 
     probability_k2 = _pair_of(logits_kv, pair)
     on_counterfactual = None if counterfactual_v is None else _pair_of(counterfactual_v, pair).tolist()
@@ -209,7 +212,7 @@ def steer(
         of_target, of_contrast = probability_k2[k].tolist()
         curve.append(Steered(strength, top_answers(prompts, logits_kv[k]), of_target, of_contrast, text))
         every_target, every_contrast = (None, None) if every_k2 is None else every_k2[k].tolist()
-        by_chance = _spread(random_rk2[:, k, 0]), _spread(random_rk2[:, k, 1])
+        by_chance = Spread.of(random_rk2[:, k, 0]), Spread.of(random_rk2[:, k, 1])
         beside.append(StrengthControls(strength, *by_chance, every_target, every_contrast))
     n_changed, changed = steerer.changed_nodes()
     return Steering(
@@ -254,10 +257,6 @@ def _sides(
 
 def _pair_of(logits_v: Tensor, pair: Tensor) -> Tensor:
     return logits_v.softmax(-1)[..., pair]
-
-
-def _spread(value_r: Tensor) -> Spread:
-    return Spread(float(value_r.mean()), float(value_r.min()), float(value_r.max()))
 
 
 def _mean_relative_norm(change_td: Tensor, residual_td: Tensor) -> float:

@@ -78,9 +78,7 @@ def patched(
         changes = changes_of(tokens_t, other_t)
         generator = torch.Generator().manual_seed(row)
         rows = {site: torch.cat([c_1td, random_directions(c_1td[0], draws, generator)]) for site, c_1td in changes.items()}
-        logits_rkv = steered_logits(coupling, tokens_t, plain, rows, strengths)
-        plain_rkv = plain.logits_btv[:, -1:].float().expand(draws + 1, 1, -1)
-        wrong_rk, answer_rk = sides(pairs, row, torch.cat([plain_rkv, logits_rkv], 1))
+        wrong_rk, answer_rk = sides(pairs, row, steered_logits(coupling, tokens_t, plain, rows, strengths))
         found.append((wrong_rk[0], answer_rk[0], wrong_rk[1:], answer_rk[1:]))
     return Result(*(torch.stack(parts) for parts in zip(*found, strict=True)))
 
@@ -200,7 +198,7 @@ def main() -> None:
 
 def _panel(title: str, chosen_bk: Tensor, random_brk: Tensor, every_bk: Tensor, counterfactual_b: Tensor) -> Panel:
     random_rk = random_brk.mean(0)
-    spreads = [Spread(float(r.mean()), float(r.min()), float(r.max())) for r in random_rk.unbind(1)]
+    spreads = [Spread.of(value_r) for value_r in random_rk.unbind(1)]
     every = None if every_bk is chosen_bk else every_bk.mean(0).tolist()
     return Panel(title, (0.0, *STRENGTHS), chosen_bk.mean(0).tolist(), spreads, every, float(counterfactual_b.mean()))
 
