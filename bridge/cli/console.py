@@ -278,6 +278,11 @@ class SearchProgress(ProgressLine):
         bar = f"[{'#' * done}{'.' * (16 - done)}] " if phase.total else ""
         self.show(f"{int(time.monotonic() - self.started):>4} s  {bar}{phase}")
 
+    def print(self, text: str) -> None:
+        """Clear the line, and print a text on standard output."""
+        self.clear()
+        print(text, flush=True)
+
 
 def print_run(run: Run, needed: int, seconds: float) -> None:
     """Print what a fit will do and how long it takes; `needed` is its memory in bytes, `seconds` the time of a step."""

@@ -54,13 +54,10 @@ def circuit(
         "nested": not no_nested,
     }  # fmt: skip
     if task is not None:
-        text = run_task(subjects, task, out=out, progress=watch, width=console.terminal_width(), **options)
-        watch.clear()
-        print(text)
+        watch.print(run_task(subjects, task, out=out, progress=watch, width=console.terminal_width(), **options))
     else:
         for text in run_suite(subjects, task_names(language), out=out, progress=watch, width=console.terminal_width(), **options):
-            watch.clear()
-            print(f"{text}\n", flush=True)
+            watch.print(f"{text}\n")
 
 
 @task_commands.command()
@@ -130,15 +127,13 @@ def nulls(
 
         rows = cut_prompts(coupling, prompts, seed)
         table = run_prompt_nulls(coupling, rows, uncoupled, minutes=minutes, seed=seed, progress=watch)
-        watch.clear()
-        print(render_prompt_nulls(table))
+        watch.print(render_prompt_nulls(table))
         return
     for text in run_nulls(
         Subjects.of(coupling), names=tasks or (), circuits=circuits, against=uncoupled,
         minutes=minutes, budget=budget, seed=seed, width=console.terminal_width(), progress=watch,
     ):  # fmt: skip
-        watch.clear()
-        print(text, flush=True)
+        watch.print(text)
 
 
 @task_commands.command(cls=RepeatedOptionsCommand)
@@ -173,20 +168,14 @@ def sweep(
     from bridge.studies.sweep import sweep as run_sweep
 
     watch = SearchProgress()
-
-    def print_step(text: str) -> None:
-        watch.clear()
-        print(text, flush=True)
-
     frontier = run_sweep(
         model, out=out, l0=l0 or (), width=width or (), load=load or (), tasks=tasks or (), tokens=tokens, minutes=minutes,
         recipe=recipe, settings=settings, data=data, seed=seed, adapter=adapter,
         revision=revision, level=level, explains=_explains(explains), seeds=seeds, dense=not no_dense, budget=budget, rows=rows,
-        device=console.choose_device(device), dtype=dtype, on_step_end=print_step, progress=watch,
+        device=console.choose_device(device), dtype=dtype, on_step_end=watch.print, progress=watch,
     )  # fmt: skip
-    watch.clear()
     plot = " and frontier.svg" if (out / "frontier.svg").is_file() else ""
-    print(f"\n{frontier}\n\nwrote {out / 'sweep.json'}, sweep.txt{plot}")
+    watch.print(f"\n{frontier}\n\nwrote {out / 'sweep.json'}, sweep.txt{plot}")
     if frontier.failures:
         of = len(frontier.failures) + len(frontier.points)
         raise RunError(f"{len(frontier.failures)} of {of} points failed", remedy="run the same command to try them again")
