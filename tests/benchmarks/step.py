@@ -25,6 +25,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import torch
 import torch.nn.functional as F
+from kernel_times import by_topk, project_by_topk
 from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel
 
@@ -38,20 +39,6 @@ from bridge.training.optimizer import SharkfinAdamW
 from bridge.training.prepare import complete_recipe
 
 LOOK_EVERY = 20
-
-
-def topk_and_scatter(x: Tensor, k: int) -> Tensor:
-    """AbsTopK in its usual form."""
-    index = x.abs().topk(k, dim=-1).indices
-    return torch.zeros_like(x).scatter(-1, index, x.gather(-1, index))
-
-
-def project_by_topk(weight: Tensor, k: int, hint: float | None = None) -> None:
-    """Projection in its usual form."""
-    flat = weight.view(-1)
-    keep = torch.zeros_like(flat, dtype=torch.bool)
-    keep[flat.abs().topk(k).indices] = True
-    flat.mul_(keep)
 
 
 def masked_attention(q_btn: Tensor, k_btn: Tensor, v_btn: Tensor, channels: int, sink_h: Tensor | None = None) -> Tensor:
@@ -140,8 +127,8 @@ def main() -> None:
                 start = time.perf_counter()
                 if name == "today":
                     with (
-                        patch("bridge.models.sparse.abs_top_k", topk_and_scatter),
-        patch("bridge.models.bridges.abs_top_k", topk_and_scatter),
+                        patch("bridge.models.sparse.abs_top_k", by_topk),
+        patch("bridge.models.bridges.abs_top_k", by_topk),
                         patch("bridge.models.sparse_weights.project_", project_by_topk),
         patch("bridge.models.sparse_blocks.attend", masked_attention),
                     ):  # fmt: skip
