@@ -43,7 +43,7 @@ from bridge.circuits.question import Question
 from bridge.kernels.cpu import reuse_memory
 from bridge.models.bridges import new_coupling
 from bridge.models.dense import load_dense
-from bridge.models.sparse import Location, SparseTransformer
+from bridge.models.sparse import SparseTransformer
 from bridge.recipe import resolve
 from bridge.training.objective import Objective, draw_splice
 from bridge.training.optimizer import SharkfinAdamW
@@ -130,7 +130,7 @@ def measured(width: int, layers: int, vocabulary: int, options: argparse.Namespa
 def copied(sparse: SparseTransformer, tokens: int) -> float:
     """Return the processor seconds of one masked copy of a prompt, forward and backward, in a batch of three."""
     sparse.requires_grad_(False)
-    means = {at: torch.zeros(size) for at, size in sizes_of(sparse).items()}
+    means = {at: torch.zeros(size) for at, size in sparse.locations().items()}
     masked = MaskedModel(sparse, Question.of_prompt(torch.arange(tokens), 1), means, by_position=True)
     kept_rf = torch.rand(3, masked.space.size) < 0.5
     taken = []
@@ -139,11 +139,6 @@ def copied(sparse: SparseTransformer, tokens: int) -> float:
         masked.gradient(kept_rf, masked.question.difference)
         taken.append((time.process_time() - began) / len(kept_rf))
     return median(taken[1:])
-
-
-def sizes_of(sparse: SparseTransformer) -> dict[Location, int]:
-    """Return the number of nodes at each location."""
-    return dict(sparse.locations())
 
 
 def law(costs: list[Cost], columns: np.ndarray, seconds: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
