@@ -26,8 +26,10 @@ from typing import Any
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import torch
+from prompts import SHIPPED
 
 import bridge
+from bridge.cli.console import held_out_text
 from bridge.data.blocks import load_blocks
 from bridge.data.corpora import documents
 from bridge.finetunes.grafts import KINDS
@@ -38,13 +40,19 @@ from bridge.models.store import write_json
 from bridge.training.evaluate import evaluate
 from bridge.training.loop import Progress
 
-SHIPPED = Path(__file__).resolve().parents[2] / "checkpoints" / "python-bridge-32"
 WORD, NEW = "self", "this"
 CHARACTERS = 12_000_000  # of text; one document in 50 is held out
 ROWS, RATE, RANK = 16, 2e-3, 8  # of the LoRA
 EVALUATED_ROWS = 96
 PROMPT_ROWS = 120  # of held-out text that prompts are drawn from
 LENGTHS = 12, 24  # tokens of a prompt
+
+
+def stored(file: Path, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """Return the JSON in a file; if it is not there, make and save it first."""
+    if not file.is_file():
+        file.write_text(json.dumps(make()))
+    return json.loads(file.read_text())
 
 
 def corpus(file: Path, source: str, seed: int, word: str) -> Path:
@@ -64,9 +72,6 @@ def trained_adapter(folder: Path, base: CoupledModels, text: Path, minutes: floa
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM
 
-    facts = folder / "trained.json"
-    if facts.is_file():
-        return json.loads(facts.read_text())
     blocks = load_blocks(str(text), base.dense.prompts, base.context, seed=base.recipe.seed)
     print(f"LoRA on {blocks.description}", flush=True)
     torch.manual_seed(0)
@@ -90,9 +95,7 @@ def trained_adapter(folder: Path, base: CoupledModels, text: Path, minutes: floa
         if step % 100 == 0:
             print(f"LoRA step {step}, loss {float(loss):.3f}", flush=True)
     peft_model.save_pretrained(str(folder))
-    found = {"seconds": round(time.process_time() - started, 1), "steps": step, "tokens": step * tokens_bt.numel()}
-    facts.write_text(json.dumps(found))
-    return found
+    return {"seconds": round(time.process_time() - started, 1), "steps": step, "tokens": step * tokens_bt.numel()}
 
 
 def rule_prompts(base: Any, rows_bt: torch.Tensor, count: int, seed: int) -> tuple[list[str], list[str]]:
@@ -116,28 +119,16 @@ def rule_prompts(base: Any, rows_bt: torch.Tensor, count: int, seed: int) -> tup
     return applies, other
 
 
-def evaluated(file: Path, make: Callable[[], CoupledModels], text_bt: torch.Tensor) -> dict[str, Any]:
-    """Return the evaluation of a coupling as JSON, read from the file if it is there, otherwise made and saved."""
-    if not file.is_file():
-        file.write_text(json.dumps(evaluate(make(), text_bt).to_json()))
-    return json.loads(file.read_text())
-
-
 def adapted(out: Path, options: argparse.Namespace, text: Path) -> dict[str, float]:
     """Adapt the coupling into OUT/adapted with a twentieth of its tokens; return the cost."""
-    facts = out / "adapted.json"
-    if not facts.is_file():
-        started, last = time.process_time(), 0
+    started, last = time.process_time(), 0
 
-        def watch(progress: Progress) -> None:
-            nonlocal last
-            last = progress.tokens
+    def watch(progress: Progress) -> None:
+        nonlocal last
+        last = progress.tokens
 
-        bridge.adapt(
-            options.bridge, adapter=out / "adapter", data=str(text), out=out / "adapted", resume=True, on_progress=watch
-        )  # fmt: skip
-        facts.write_text(json.dumps({"seconds": round(time.process_time() - started, 1), "tokens": last}))
-    return json.loads(facts.read_text())
+    bridge.adapt(options.bridge, adapter=out / "adapter", data=str(text), out=out / "adapted", resume=True, on_progress=watch)
+    return {"seconds": round(time.process_time() - started, 1), "tokens": last}
 
 
 def print_evaluations(found: dict[str, dict[str, Any]]) -> None:
@@ -185,22 +176,18 @@ def main() -> None:
     out: Path = options.out
     out.mkdir(parents=True, exist_ok=True)
     base = bridge.load(options.bridge)
-    recipe, dense = base.recipe, base.dense
+    recipe = base.recipe
     own, text = (corpus(out / f"{word}.jsonl", recipe.data.source, recipe.seed, word) for word in (WORD, NEW))
-    limit = PROMPT_ROWS * base.context * 60  # one document in 50 is held out
-    own_bt, held_bt = (
-        load_blocks(str(file), dense.prompts, base.context, max_tokens=limit, seed=recipe.seed).heldout(PROMPT_ROWS)
-        for file in (own, text)
-    )
-    lora = trained_adapter(out / "adapter", base, text, options.minutes)
-    tuned = load_dense(dense.name, adapter=out / "adapter")
+    own_bt, held_bt = (held_out_text(base, options.bridge, str(file), PROMPT_ROWS) for file in (own, text))
+    lora = stored(out / "adapter" / "trained.json", lambda: trained_adapter(out / "adapter", base, text, options.minutes))
+    tuned = load_dense(base.dense.name, adapter=out / "adapter")
     found = {
-        "base": evaluated(out / "base.json", lambda: base, own_bt[:EVALUATED_ROWS]),
-        "before": evaluated(out / "before.json", lambda: replace(base, dense=tuned), held_bt[:EVALUATED_ROWS]),
+        "base": stored(out / "base.json", lambda: evaluate(base, own_bt[:EVALUATED_ROWS]).to_json()),
+        "before": stored(out / "before.json", lambda: evaluate(replace(base, dense=tuned), held_bt[:EVALUATED_ROWS]).to_json()),
     }
-    took = adapted(out, options, text)
+    took = stored(out / "adapted.json", lambda: adapted(out, options, text))
     after = bridge.load(out / "adapted")
-    found["after"] = evaluated(out / "after.json", lambda: after, held_bt[:EVALUATED_ROWS])
+    found["after"] = stored(out / "after.json", lambda: evaluate(after, held_bt[:EVALUATED_ROWS]).to_json())
     print_evaluations(found)
     applies, other = rule_prompts(base, held_bt, options.count, options.seed)
     kept = {"applies": applies, "other": other}
