@@ -22,6 +22,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from support.tiny_families import FAMILIES, tiny
 
 from bridge.models.bridges import CoupledModels, new_coupling
+from bridge.models.circuit import kl
 from bridge.models.dense import DenseModel, load_dense
 from bridge.models.sparse_weights import annealed_l0
 from bridge.recipe import resolve
@@ -47,9 +48,9 @@ def text(dense: DenseModel, rows: int) -> Tensor:
 @torch.no_grad()
 def divergence(coupling: CoupledModels, tokens_bt: Tensor) -> tuple[float, float]:
     """Return (KL, entropy of the dense answers), means over tokens."""
-    dense_btv, sparse_btv = coupling.dense.run(tokens_bt).logits_btv.log_softmax(-1), coupling.sparse(tokens_bt).log_softmax(-1)
-    kl, entropy = (dense_btv.exp() * (dense_btv - sparse_btv)).sum(-1).mean(), -(dense_btv.exp() * dense_btv).sum(-1).mean()
-    return float(kl), float(entropy)
+    dense_btv = coupling.dense.run(tokens_bt).logits_btv
+    entropy_bt = torch.distributions.Categorical(logits=dense_btv).entropy()
+    return float(kl(dense_btv, coupling.sparse(tokens_bt)).mean()), float(entropy_bt.mean())
 
 
 def started(dense: DenseModel, l0: float, tokens_bt: Tensor, **shape: float) -> tuple[CoupledModels, Initialization]:
