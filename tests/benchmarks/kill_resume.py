@@ -47,18 +47,11 @@ class Trial:
 
 def make_inputs(folder: Path) -> tuple[Path, Path]:
     """Make a random GPT-2 with a word-level tokenizer and a corpus of its words; return both folders."""
-    import torch
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
+    sys.path.insert(0, str(Path(__file__).parents[1]))
+    from support.models import tiny_gpt2, tiny_tokenizer
 
-    torch.manual_seed(0)
-    shape = GPT2Config(vocab_size=40, n_positions=CONTEXT, n_embd=32, n_layer=2, n_head=2, bos_token_id=0, eos_token_id=0)
-    GPT2LMHeadModel(shape).save_pretrained(folder / "dense")
-    words = {"<end>": 0, "<unk>": 1, **{f"w{index}": index for index in range(2, 40)}}
-    tokenizer = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()  # pyright: ignore[reportAttributeAccessIssue]
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<end>", unk_token="<unk>")
-    fast.save_pretrained(folder / "dense")
+    tiny_gpt2(width=32).save_pretrained(folder / "dense")
+    tiny_tokenizer().save_pretrained(folder / "dense")
     draw = random.Random(0)
     lines = [" ".join(f"w{draw.randrange(2, 40)}" for _ in range(50)) for _ in range(200)]
     (folder / "text").mkdir()
