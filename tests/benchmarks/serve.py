@@ -55,15 +55,8 @@ def main() -> None:
     parser.add_argument("--explanations", type=int, default=2, help="that are waited for")
     parser.add_argument("--bridge", help="a coupling; default the one that ships")
     arguments = parser.parse_args()
-    command = [
-        sys.executable,
-        "-m",
-        "bridge.cli.main",
-        "serve",
-        "--port",
-        "0",
-        *(["--bridge", arguments.bridge] if arguments.bridge else []),
-    ]
+    chosen = ["--bridge", arguments.bridge] if arguments.bridge else []
+    command = [sys.executable, "-m", "bridge.cli.main", "serve", "--port", "0", *chosen]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         line = next(line for line in process.stdout if "http://" in line)
