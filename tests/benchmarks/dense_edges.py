@@ -103,7 +103,7 @@ class DenseEdges:
     def _miss(self, kept_re: Tensor) -> Tensor:
         return torch.cat([self.loss.miss(self.logits(some_re)) for some_re in kept_re.float().split(_ROWS)])
 
-    def needed(self, level: Level, seed: int = 0) -> int:
+    def needed(self, level: Level) -> int:
         """Return the number of edges that the circuit needs at a level; all of them if no smaller number is found."""
         if not self.count:
             return 0
@@ -111,7 +111,7 @@ class DenseEdges:
         with torch.enable_grad():
             (gradient_1e,) = torch.autograd.grad(self.loss.miss(self.logits(mask_1e)).sum(), mask_1e)
         order_e = gradient_1e[0].abs().argsort(descending=True, stable=True)
-        generator, low, high = np.random.default_rng(seed), -1, self.count
+        generator, low, high = np.random.default_rng(0), -1, self.count
         for _ in range(_ROUNDS):
             tried = sorted({round(low + (high - low) * i / _SIZES) for i in range(_SIZES)})
             tried = [size for size in tried if low < size < high]
