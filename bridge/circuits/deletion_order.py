@@ -36,9 +36,8 @@ def deletion_order(loss: CircuitLoss, superset_uf: Tensor, kept_f: Tensor, node_
     order, remaining_k = [], torch.arange(len(node_k), device=node_k.device)  # the remaining nodes, as indices into node_k
     while len(remaining_k):
         term_rk = torch.maximum(off_r[:, None] - gradient_rk, least_r[:, None]).square_().mul_(weight_r[:, None])
-        deleted_s = (
-            term_rk.sum(0).topk(max(1, (len(remaining_k) - _MAX_NODES_ONE_BY_ONE) // _STEP_DIVISOR), largest=False).indices
-        )
+        size = max(1, (len(remaining_k) - _MAX_NODES_ONE_BY_ONE) // _STEP_DIVISOR)
+        deleted_s = term_rk.sum(0).topk(size, largest=False).indices
         off_r = off_r - gradient_rk[:, deleted_s].sum(1)
         order.append(remaining_k[deleted_s])
         stays_k = torch.ones_like(remaining_k, dtype=torch.bool).index_fill_(0, deleted_s, False)

@@ -36,9 +36,7 @@ from bridge.recipe import AttentionShape
 _TILE = 128  # lanes computed at a time: what is kept of them for the backward pass stays within some megabytes
 _TILES = 8  # kept for the backward pass; if there are more, each is computed again
 _MAX_CACHED_LANES = 64  # tiles whose lanes are cached
-_MAX_DENSITY = (
-    0.6  # share of nonzero weights above which dense products are faster: at .5, for 128 x 128, they take twice as long
-)
+_MAX_DENSITY = 0.6  # share of nonzero weights; with more, dense products are faster (for 128 x 128 at .5, half as fast)
 
 Array = np.ndarray
 Back = Callable[[Array, "_AllGradients | _SelectedGradients"], Array]  # (dy, dmask) -> dx; gradients of masks are given to dmask

@@ -52,9 +52,7 @@ _MAX_START_DISTANCE = 2.5  # times what the level allows
 _LAMBDA_START, _LAMBDA_RANGE = 2e-2, (1e-5, 1.0)  # lambda and its range; with Adam only its ratio to the gradients matters
 _LAMBDA_RISE, _LAMBDA_FAST_RISE, _LAMBDA_FALL, _TARGET_TERM, _FAST_RISE_TERM = 1.25, 1.6, 0.7, 0.6, 0.3
 _LAMBDA_RISE_SEVERAL, _LAMBDA_FALL_SEVERAL, _TARGET_TERM_SEVERAL = 1.15, 0.87, 1.0  # if every step draws other prompts
-_TARGET_FACTOR_PER_ATTEMPT = (
-    0.9  # factor on _TARGET_TERM_SEVERAL at each further attempt; a factor of .5 leaves three times the nodes
-)
+_TARGET_FACTOR_PER_ATTEMPT = 0.9  # on _TARGET_TERM_SEVERAL, at each further attempt; .5 leaves three times the nodes
 _TERM_SMOOTHING = 0.8  # weight of the running mean, if every step draws other prompts
 _ADDITION_SIZES = 1, 5, 25, 120  # numbers of nodes tried at a time
 _MAX_CANDIDATES = 20_000  # best-ranked nodes that a descent chooses from; those it chose were among the first 13,100

@@ -76,10 +76,8 @@ def measure_nested(loss: CircuitLoss, nested: NestedMasks, seed: int = 0) -> tup
     """Measure each nested circuit, without the adversary. The two largest get fewer supersets, except at the opening level."""
     measured = []
     for place, level in enumerate(nested.levels):
-        draws = (
-            _SUPERSETS if place < len(nested.levels) - _N_LARGE_CIRCUITS or place == loss.config.opening else _SUPERSETS_OF_LARGE
-        )
-        superset_uf = superset_draws(loss, draws, seed + place)
+        is_large = place >= len(nested.levels) - _N_LARGE_CIRCUITS and place != loss.config.opening
+        superset_uf = superset_draws(loss, _SUPERSETS_OF_LARGE if is_large else _SUPERSETS, seed + place)
         within = nested.distances[place] <= 1
         measured.append(measure_circuit(loss, nested.kept(place), superset_uf, level.faithfulness, within))
     return tuple(measured)
