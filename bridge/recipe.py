@@ -228,6 +228,8 @@ class Losses(_Part):
     hybrid_out: float = Field(default=1.0, ge=0, description="sparse until i, decoded, dense to the end: KL(y_d, .)")
     hybrid_both: float = Field(default=1.0, ge=0, description="rows that enter at i and leave at j > i; 0: none")
     carried: float = Field(default=0.0, ge=0, description="dense, with a difference of two rows' sparse residuals added at i")
+    ablated: float = Field(default=0.0, ge=0, description="KL(y_d, y_s with random nodes at their means), rows from tokens")
+    ablated_most: float = Field(default=0.5, gt=0, le=1, description="largest share of nodes ablated; each row draws its own")
     temperature: float = Field(default=1.0, gt=0, description="temperature of both answers in the hybrid terms and in carried")
     splice: Literal["sampled", "literal"] = Field(default="sampled", description="one site per row, or every site for every row")
 
@@ -238,7 +240,7 @@ class Losses(_Part):
 
     def without_bridges(self) -> Losses:
         """Return the losses on text and on the dense model's answers only, without any inside either model."""
-        return self.model_copy(update=dict.fromkeys(BRIDGE_LOSSES, 0.0))
+        return self.model_copy(update=dict.fromkeys((*BRIDGE_LOSSES, "ablated"), 0.0))
 
     def uncoupled(self) -> Losses:
         """Return the losses of the paper's interpretable-by-construction setting: text only, no dense model."""
@@ -277,9 +279,13 @@ class Recipe(_Part):
     def _useful(self) -> Recipe:
         if self.losses.ce == self.losses.kl == 0 and not self.losses.coupled:
             raise RecipeError("every loss weight is 0", remedy="give at least losses.ce a weight above 0")
-        if self.losses.carried and self.losses.splice == "literal":
-            remedy = "leave losses.splice at 'sampled' or losses.carried at 0"
-            raise RecipeError("losses.carried", "has no literal form", remedy)
+        for name in ("carried", "ablated"):
+            if getattr(self.losses, name) and self.losses.splice == "literal":
+                remedy = f"leave losses.splice at 'sampled' or losses.{name} at 0"
+                raise RecipeError(f"losses.{name}", "has no literal form", remedy)
+        if self.losses.ablated and not self.losses.coupled:
+            remedy = "give a loss that involves bridges a weight above 0, or leave losses.ablated at 0"
+            raise RecipeError("losses.ablated", "is trained together with bridges only", remedy)
         if self.adapts and self.sparse.start in ("auto", "random"):
             rule = "continues a coupling, and none is given"
             raise RecipeError("adapts = true", rule, "give the coupling's folder as sparse.start, as `bridge adapt` does")

@@ -164,7 +164,7 @@ def train(run: Run, *, stretch_minutes: float | None = None) -> Generator[Progre
     began, first_step, spent_before = time.monotonic(), state.step, state.seconds
     last_report = last_save = state.seconds
     target_l0 = sparse.fractions(recipe.sparsity)
-    terms = recipe.losses.model_dump(exclude={"temperature", "splice"})
+    terms = recipe.losses.model_dump(exclude={"ablated_most", "temperature", "splice"})
     if recipe.losses.splice == "literal":
         del terms["hybrid_both"]  # the paper's objective has no such term
     names = ["total", *(name for name, weight in terms.items() if weight)]

@@ -5,6 +5,7 @@
     KL(y_d, y of: dense until i, f_i, sparse to the end)         hybrid in, mean over sites
     KL(y_d, y of: sparse until i, g_i, dense to the end)         hybrid out, mean over sites
     KL(y_d, y of: dense, h_i(other) + lin g_i (h_s - h_s(other)), dense to the end)              carried, off unless asked for
+    KL(y_d, y_s with random nodes at their means)                                                ablated, off unless asked for
 
 The literal hybrid sums cost a partial pass of each model per site. In the sampled form, every row of the batch draws its own
 splice. Half of the rows begin at the sparse embedding: they have CE, KL and NMSE, and each row leaves for the dense model at a
@@ -17,12 +18,18 @@ have it. Sites are drawn uniformly, so its expectation is the literal term (`hyb
 batch, changed by the decoded difference of the two sparse residuals, should give this row's answers. Hybrid passes do not train
 this: a norm hides that g_i(h_s) is too short, but a decoded change that is too short transports too little.
 
+`ablated` (not in the paper) makes circuits smaller. A circuit has to hold whatever else is ablated, and what random ablation of
+other nodes changes in an answer takes more nodes to hold. So every row that starts from tokens runs once more, with a share of
+its nodes (drawn for the row), each at each token by itself, at the mean over these rows. At least half of the nodes stay by
+default: with fewer, the model learns to give its answers without any, and nothing is left for a circuit to account for.
+
 Hybrid terms and `carried` may use a temperature T, times T^2 (Hinton et al. 2015): KL(softmax(y_d / T), softmax(y / T)). At T 1,
 as in the paper, a confident answer hardly depends on how large its logits are; with larger T, the logits must be right too.
 
 NMSE of a token is its squared error over the squared deviation of its target from the mean of its row, the target detached. The
 mean is the row's, not the batch's, so every term is a mean over rows: the sampled estimate is unbiased, and a batch divided over
-processes or pieces gives the same result as the whole batch (except `carried`, which takes the other row from the same part).
+processes or pieces gives the same result as the whole batch (except `carried` and `ablated`, which take the other row and the
+means from the same part).
 
 Shape legend: b batch row, t token, d dense width, s sparse width, v vocabulary.
 """
@@ -37,10 +44,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from bridge.kernels.top_k import choose
 from bridge.models.bridges import Bridges
 from bridge.models.dense import DenseModel
 from bridge.models.residual import EMBEDDING, Enter, Trace
-from bridge.models.sparse import SparseTransformer
+from bridge.models.sparse import Gate, Location, SparseTransformer
 from bridge.recipe import Losses
 
 NMSE_LINEAR_LIMIT = 32.0  # NMSE of a token above which it grows only logarithmically
@@ -51,14 +59,18 @@ STAYS = -1  # leaving "site" of a row that stays in the sparse model to its end
 
 @dataclass(frozen=True)
 class Splice:
-    """Sites at which each row enters the sparse model (EMBEDDING: from tokens) and leaves for the dense one (STAYS: never)."""
+    """Sites at which each row enters the sparse model (EMBEDDING: from tokens) and leaves for the dense one (STAYS: never).
+
+    ablation holds a seed for each row, of the nodes that `ablated` sets to their means; it is empty without that loss.
+    """
 
     enter: tuple[int, ...]
     leave: tuple[int, ...]
+    ablation: tuple[int, ...] = ()
 
     def rows(self, start: int, stop: int) -> Splice:
         """Return the splice of rows start to stop."""
-        return Splice(self.enter[start:stop], self.leave[start:stop])
+        return Splice(self.enter[start:stop], self.leave[start:stop], self.ablation[start:stop])
 
     def counts(self) -> tuple[int, int, int, int]:
         """Numbers of rows that start from tokens, start from tokens and leave, enter at a site, enter at a site and leave."""
@@ -86,7 +98,8 @@ def draw_splice(rows: int, n_sites: int, losses: Losses, generator: torch.Genera
             later = n_sites - 1 - int(enter[row])
             if later:
                 leave[row] = enter[row] + 1 + torch.randint(later, (), generator=generator)
-    return Splice(tuple(enter.tolist()), tuple(leave.tolist()))
+    ablation_b = torch.randint(2**31, (rows if losses.ablated else 0,), generator=generator)
+    return Splice(tuple(enter.tolist()), tuple(leave.tolist()), tuple(ablation_b.tolist()))
 
 
 class Objective(nn.Module):
@@ -170,6 +183,12 @@ class Objective(nn.Module):
             "kl": kl_b[:n_from_tokens].sum() / n_plain,
             "hybrid_in": entered_b.sum() / n_in,
         }
+        ablated = max(n_from_tokens, int(self.in_shards))  # a sharded model needs all processes in every pass
+        if losses.ablated and ablated:
+            gate = random_ablation([splice.ablation[row] for row in order[:ablated]], losses.ablated_most)
+            logits_btv = self.sparse.run(tokens_bt[:ablated], gate=gate).logits_btv
+            kl_b = target.divergence(logits_btv, torch.arange(ablated, device=tokens_bt.device))
+            terms["ablated"] = kl_b[:n_from_tokens].sum() / n_plain
 
         # Decode the rows that leave, those that NMSE compares, and changes to add to other rows from the embedding.
         with_nmse = n_from_tokens if losses.nmse_decoder else 0
@@ -243,6 +262,21 @@ class Objective(nn.Module):
                 [warm.divergence(self.dense.run(tokens_bt, Enter.at(site, decoded[site])).logits_btv) for site in sites]
             ),
         }
+
+
+def random_ablation(seeds: Sequence[int], most: float) -> Gate:
+    """Return a gate that sets random nodes of each row, by its seed, to their mean over the batch; at most that share of them."""
+    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+    kept_shares = [1 - most * float(torch.rand((), generator=generator)) for generator in generators]
+
+    def gate(_: Location, x_btn: Tensor) -> Tensor:
+        rows = zip(kept_shares, generators, strict=True)
+        kept_btn = torch.stack(
+            [torch.empty(x_btn.shape[1:], dtype=torch.bool).bernoulli_(share, generator=generator) for share, generator in rows]
+        )
+        return choose(kept_btn.to(x_btn.device), x_btn, x_btn.detach().mean((0, 1)))
+
+    return gate
 
 
 class _Target:

@@ -364,7 +364,9 @@ def test_the_tracker_that_was_asked_for_writes(dense_folder: Path, text_file: Pa
 
 
 @pytest.mark.parametrize(
-    "losses", [{}, {"splice": "literal"}, Losses().uncoupled().model_dump()], ids=["sampled", "literal", "ce"]
+    "losses",
+    [{}, {"splice": "literal"}, {"ablated": 1, "ablated_most": 1e-9}, Losses().uncoupled().model_dump()],
+    ids=["sampled", "literal", "ablated", "ce"],
 )
 def test_pieces_add_up_to_the_undivided_batch(dense_folder: Path, text_file: Path, losses: dict[str, Any]) -> None:
     """Terms and gradients, down to pieces of one row, some of which have no row of one kind."""

@@ -9,8 +9,9 @@ from support.models import CONTEXT, VOCABULARY, untrained
 from bridge.models.bridges import CoupledModels
 from bridge.models.dense import DenseModel
 from bridge.models.residual import EMBEDDING, Enter
+from bridge.models.sparse import Location
 from bridge.recipe import Losses
-from bridge.training.objective import STAYS, Objective, Splice, _Target, draw_splice
+from bridge.training.objective import STAYS, Objective, Splice, _Target, draw_splice, random_ablation
 
 TOKENS_BT = torch.randint(0, VOCABULARY, (4, CONTEXT), generator=torch.Generator().manual_seed(3))
 
@@ -140,6 +141,44 @@ def test_what_is_carried_gives_the_other_rows_answers(coupling: CoupledModels) -
     assert "carried" not in without
     for name in set(without) - {"total"}:
         torch.testing.assert_close(terms[name], without[name])
+
+
+def test_ablated_rows_run_once_more_with_random_nodes_at_their_means(coupling: CoupledModels) -> None:
+    """As masks and means written out give it; no node ablated is the plain KL."""
+    splice = Splice(enter=(3, EMBEDDING, 1, EMBEDDING), leave=(STAYS, 2, 4, 0), ablation=(1, 2, 3, 4))
+    terms = objective(coupling, ablated=1, ablated_most=0.8)(TOKENS_BT, splice)
+    rows_bt, apply, ablated = TOKENS_BT[[1, 3]], random_ablation((2, 4), 0.8), list[float]()
+
+    def by_hand(location: Location, x_btn: torch.Tensor) -> torch.Tensor:
+        replaced_btn = apply(location, x_btn) != x_btn
+        ablated.append(float(replaced_btn.float().mean()))
+        return x_btn * ~replaced_btn + x_btn.mean((0, 1)) * replaced_btn
+
+    logits_btv = coupling.sparse.run(rows_bt, gate=by_hand).logits_btv
+    expected = kl(coupling.dense.run(rows_bt).logits_btv, logits_btv).mean()
+    torch.testing.assert_close(terms["ablated"], expected, rtol=1e-4, atol=1e-5)
+    assert min(ablated) > 0.05 and terms["ablated"] != terms["kl"]
+    whole = objective(coupling, ablated=1, ablated_most=1e-9)(TOKENS_BT, splice)
+    torch.testing.assert_close(whole["ablated"], whole["kl"])
+    terms["ablated"].backward()
+    assert all(p.grad is not None for p in coupling.sparse.blocks.parameters())
+    coupling.sparse.zero_grad()
+
+
+def test_random_ablation_follows_the_seed_of_each_row() -> None:
+    """A row's nodes do not depend on the rows beside it, and at most the share asked for is ablated."""
+    at, x_btn = Location(0, "mlp_act"), torch.randn(3, 50, 400)
+    together = random_ablation((7, 8, 7), 0.3)(at, x_btn) != x_btn
+    assert torch.equal(together[0], together[2]) and not torch.equal(together[0], together[1])
+    assert torch.equal(together[1:2], random_ablation((8,), 0.3)(at, x_btn[1:2]) != x_btn[1:2])
+    assert 0 < together.float().mean((1, 2)).max() < 0.32
+
+
+def test_a_splice_draws_seeds_only_for_the_loss_that_uses_them() -> None:
+    plain, ablated = (draw_splice(8, 5, Losses(ablated=weight), torch.Generator().manual_seed(0)) for weight in (0, 1))
+    assert (plain.enter, plain.leave, plain.ablation) == (ablated.enter, ablated.leave, ())
+    assert len(set(ablated.ablation)) == 8
+    assert ablated.rows(2, 4).ablation == ablated.ablation[2:4]
 
 
 def test_a_temperature_is_that_of_both_answers_in_hybrid_terms_alone(coupling: CoupledModels) -> None:
