@@ -111,8 +111,9 @@ def reference_means(coupling: CoupledModels, reference_bt: Tensor) -> dict[Locat
 
 
 def _digest(coupling: CoupledModels, tokens_bt: Tensor) -> str:
-    """Return the SHA-256 of all that the means over a text depend on."""
-    digest = hashlib.sha256(json.dumps([1, coupling.dense.fingerprint(), coupling.recipe.model_dump()], default=str).encode())
+    """Return the SHA-256 of all that the means over a text depend on; how the models were trained is no part of it."""
+    shape = coupling.recipe.model_dump(include={"sparse", "dense_dtype"})
+    digest = hashlib.sha256(json.dumps([1, coupling.dense.fingerprint(), shape], default=str).encode())
     tensors = {**coupling.sparse.state_dict(), **coupling.bridges.state_dict(prefix="bridges."), "text": tokens_bt}
     for name, tensor in sorted(tensors.items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())

@@ -57,6 +57,21 @@ def test_other_text_weights_or_bridges_have_means_of_their_own(folder: Path) -> 
         means = found
 
 
+def test_another_training_of_the_same_weights_keeps_the_means(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A recipe may get new numbers in a later version, which say nothing about the models; other shapes are other models."""
+    coupling, _ = means_of(folder)
+    recipe, text_bt = coupling.recipe, coupling.reference_bt
+    assert text_bt is not None
+    shape = recipe.sparse.model_copy(update={"keep": 0.5})
+    with monkeypatch.context() as patch:
+        patch.setattr(error_nodes, "corpus_means", lambda *_: pytest.fail("taken again"))
+        weighted = recipe.model_copy(update={"losses": recipe.losses.model_copy(update={"kl": 7.0})})
+        reference_means(replace(coupling, recipe=weighted), reference_rows(coupling, text_bt))
+        with pytest.raises(pytest.fail.Exception, match="taken again"):
+            other = replace(coupling, recipe=recipe.model_copy(update={"sparse": shape}))
+            reference_means(other, reference_rows(other, text_bt))
+
+
 @pytest.mark.parametrize("content", [b"", b"no tensors", None])
 @pytest.mark.parametrize("pattern", [f"{MEANS}-*.safetensors", f"{MEANS}.json"])
 def test_a_file_that_cannot_be_read_counts_as_none(folder: Path, content: bytes | None, pattern: str) -> None:
