@@ -128,8 +128,7 @@ def test_bridges_alone_have_something_to_learn_and_to_learn_it_to() -> None:
     assert "a weight above 0 to a loss that involves bridges" in refusal(**there, losses=dict.fromkeys(BRIDGE_LOSSES, 0))
     assert "losses.carried has no literal form" in refusal(losses={"carried": 1, "splice": "literal"})
     assert "losses.ablated has no literal form" in refusal(losses={"ablated": 1, "splice": "literal"})
-    bridges = dict.fromkeys(("nmse_encoder", "nmse_decoder", "hybrid_in", "hybrid_out", "hybrid_both"), 0)
-    assert "together with bridges only" in refusal(losses={"ablated": 1, **bridges})
+    assert "together with bridges only" in refusal(losses={"ablated": 1, **dict.fromkeys(BRIDGE_LOSSES, 0)})
 
 
 def test_an_uncoupled_recipe_reads_text_alone() -> None:

@@ -21,7 +21,8 @@ this: a norm hides that g_i(h_s) is too short, but a decoded change that is too 
 `ablated` (not in the paper) makes circuits smaller. A circuit has to hold whatever else is ablated, and what random ablation of
 other nodes changes in an answer takes more nodes to hold. So every row that starts from tokens runs once more, with a share of
 its nodes (drawn for the row), each at each token by itself, at the mean over these rows. At least half of the nodes stay by
-default: with fewer, the model learns to give its answers without any, and nothing is left for a circuit to account for.
+default: a coupling trained with most of them at their means learnt to give its answers without any, and half of the span, which
+a circuit has to account for, was lost.
 
 Hybrid terms and `carried` may use a temperature T, times T^2 (Hinton et al. 2015): KL(softmax(y_d / T), softmax(y / T)). At T 1,
 as in the paper, a confident answer hardly depends on how large its logits are; with larger T, the logits must be right too.
